@@ -1,0 +1,62 @@
+package catalog
+
+import (
+	"net/netip"
+	"testing"
+)
+
+func TestSnapshotLookups(t *testing.T) {
+	c := New(&Snapshot{
+		Peers: []Peer{
+			{Key: Key{"dc2", "bob"}, Advertise: netip.MustParseAddr("127.77.2.1")},
+			{Key: Key{"dc1", "zoe"}, Address: "10.0.0.1:8443"},
+			{Key: Key{"dc1", "amy"}},
+		},
+		Datacenters: []Datacenter{{Name: "dc2", Mode: ModeRemote}},
+	})
+	s := c.Load()
+	var order []string
+	for _, p := range s.Peers {
+		order = append(order, p.Key.String())
+	}
+	if got, want := len(order), 3; got != want || order[0] != "dc1/amy" || order[1] != "dc1/zoe" || order[2] != "dc2/bob" {
+		t.Errorf("peers in order %v", order)
+	}
+	if p, ok := s.Peer(Key{"dc1", "zoe"}); !ok || p.Address != "10.0.0.1:8443" {
+		t.Errorf("Peer(dc1/zoe) = %v, %v", p, ok)
+	}
+	for _, k := range []Key{{"dc1", "bob"}, {"dc2", ""}, {"", ""}} {
+		if p, ok := s.Peer(k); ok {
+			t.Errorf("Peer(%v) = %v", k, p)
+		}
+	}
+	if d, ok := s.Datacenter("dc2"); !ok || d.Mode != ModeRemote {
+		t.Errorf("Datacenter(dc2) = %v, %v", d, ok)
+	}
+	if _, ok := s.Datacenter("dc1"); ok {
+		t.Error("Datacenter(dc1) was found")
+	}
+}
+
+func TestChangedIsClosedByTheNextStore(t *testing.T) {
+	c := New(&Snapshot{})
+	changed := c.Changed()
+	select {
+	case <-changed:
+		t.Fatal("closed before any Store")
+	default:
+	}
+	next := &Snapshot{Gateways: []string{"gw:8443"}}
+	c.Store(next)
+	select {
+	case <-changed:
+	default:
+		t.Fatal("not closed by Store")
+	}
+	if c.Load() != next {
+		t.Error("Load does not return what was stored")
+	}
+	if c.Changed() == changed {
+		t.Error("Changed returns the closed channel")
+	}
+}
