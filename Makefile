@@ -1,0 +1,83 @@
+# `make` prints this help. The README's two commands are `make demo` and
+# `make test`; `make check` is what CI runs, no more and no less.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+CACHE       := $(CURDIR)/.cache
+BIN         := $(CURDIR)/bin
+FUZZTIME    ?= 30s
+BENCHTIME   ?= 1s
+GO          ?= go
+RUNFLAGS    ?=
+SUMMARY     := $(CACHE)/end-to-end.txt
+
+.PHONY: help
+help: ## Print this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+.PHONY: build
+build: ## Build bin/culvert
+	@$(GO) build -trimpath -o $(BIN)/culvert ./cmd/culvert
+
+.PHONY: serf
+serf: ## Build the upstream serf agent that the demo and the tests use
+	@$(GO) -C test/servers build -o $(CACHE)/bin/serf github.com/hashicorp/serf/cmd/serf
+
+.PHONY: demo
+demo: build serf ## Two datacenters on loopback: STAY=1 keeps them, BREAK=gateway|sidecar|cert spoils one part
+	@$(GO) run ./test/demo --culvert $(BIN)/culvert --serf $(CACHE)/bin/serf $(if $(BREAK),--break $(BREAK)) $(if $(STAY),--stay)
+
+.PHONY: test
+test: e2e-tools serf ## Every test, end-to-end tests included (root and iproute2; CULVERT_E2E=require fails where they are missing)
+	@$(GO) test -race -shuffle=on -timeout 10m $(RUNFLAGS) $$($(GO) list ./... | grep -v '^culvert/test$$')
+	@mkdir -p $(CACHE) && rm -f $(SUMMARY)
+	@CULVERT_E2E_SUMMARY=$(SUMMARY) $(GO) test -race -shuffle=on -timeout 20m -count=1 $(RUNFLAGS) ./test; status=$$?; cat $(SUMMARY); exit $$status
+
+# End-to-end tests need ip(8) and nft(8). As root on Debian they are fetched
+# where they are missing; elsewhere the tests themselves say what they lack.
+.PHONY: e2e-tools
+e2e-tools:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! (command -v ip && command -v nft) >/dev/null; then \
+		echo "fetching iproute2 and nftables for the end-to-end tests"; \
+		(apt-get update && apt-get install -y --no-install-recommends iproute2 nftables) >/dev/null 2>&1 \
+			|| echo "iproute2 and nftables could not be installed: the end-to-end tests will say so"; \
+	fi
+
+.PHONY: check
+check: build vet lint tidy test fuzz ## What CI runs: build, vet, lint, tidy, tests with the race detector, short fuzz
+
+.PHONY: vet
+vet:
+	@$(GO) vet ./...
+
+# A go build of the linter is kept in the build cache, so that only the first
+# one takes its 90 s.
+.PHONY: lint
+lint: ## golangci-lint with the pinned version
+	@$(GO) -C tools build -o $(CACHE)/bin/ tool
+	@$(CACHE)/bin/golangci-lint run ./...
+
+.PHONY: fmt
+fmt: ## Format with gofumpt
+	@$(GO) -C tools build -o $(CACHE)/bin/ tool
+	@$(CACHE)/bin/gofumpt -w $$(git ls-files '*.go')
+
+.PHONY: tidy
+tidy:
+	@$(GO) mod tidy -diff
+	@$(GO) mod verify >/dev/null
+
+.PHONY: fuzz
+fuzz: ## Each fuzz target for FUZZTIME (30s)
+	@for t in $$(grep -rhoE --include='*_test.go' '^func Fuzz[A-Za-z0-9]+' --with-filename . | sed -E 's,^\./(.*)/[^/]+:func (.*),\1:\2,'); do \
+		echo "fuzz $$t"; \
+		$(GO) test -run '^$$' -fuzz "^$${t#*:}$$" -fuzztime $(FUZZTIME) ./$${t%%:*}; \
+	done
+
+.PHONY: bench
+bench: ## Benchmarks of the hot paths (BENCHTIME=1s)
+	@$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...
+
+.PHONY: clean
+clean: ## Remove what was built
+	@rm -rf $(BIN) $(CACHE)

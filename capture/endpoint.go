@@ -1,0 +1,172 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"culvert/catalog"
+	"culvert/internal/pipe"
+)
+
+// maxDatagram is the largest UDP payload there is, plus one byte.
+const maxDatagram = 65507 + 1
+
+// The time budgets of an endpoint.
+const (
+	serverDialTimeout = 5 * time.Second
+	acceptBackoffMin  = 5 * time.Millisecond
+	acceptBackoffMax  = time.Second
+)
+
+// An endpointKey is a socket's place in the kernel's tables.
+type endpointKey struct {
+	addr   netip.AddrPort
+	packet bool
+}
+
+// An endpoint is one socket on one advertised address. Which peer has that
+// address may change while the socket stays.
+type endpoint struct {
+	key     endpointKey
+	service Service
+	owner   atomic.Pointer[catalog.Key]
+	udp     *net.UDPConn // one of udp and tcp is set
+	tcp     *net.TCPListener
+}
+
+func openEndpoint(key endpointKey, s Service, owner catalog.Key) (*endpoint, error) {
+	if key.addr.Addr().Is6() {
+		if err := checkLocal(key.addr.Addr()); err != nil {
+			return nil, err
+		}
+	}
+	e := &endpoint{key: key, service: s}
+	e.owner.Store(&owner)
+	var err error
+	if key.packet {
+		e.udp, err = listenPacket(key.addr)
+	} else {
+		e.tcp, err = listenStream(key.addr)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+func (e *endpoint) close() {
+	if e.udp != nil {
+		_ = e.udp.Close()
+		return
+	}
+	_ = e.tcp.Close()
+}
+
+// servePackets reads what the local server sends to the endpoint's owner until
+// the socket is closed.
+func (b *Bind) servePackets(e *endpoint) {
+	buf := make([]byte, maxDatagram)
+	for {
+		n, src, err := e.udp.ReadFromUDPAddrPort(buf)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			// Errors of a datagram sent earlier, reported here; the socket lives.
+			continue
+		}
+		if from := src.Addr().Unmap(); from != b.o.Server {
+			b.wrongSource(e, from)
+			continue
+		}
+		to := *e.owner.Load()
+		if to == b.o.Self {
+			b.o.Metrics.countHairpin(true)
+			_, _ = e.udp.WriteToUDPAddrPort(buf[:n], e.service.Local) // lost like any datagram
+			continue
+		}
+		b.o.Handler.Packet(to, e.service.Name, buf[:n])
+	}
+}
+
+func (b *Bind) wrongSource(e *endpoint, from netip.Addr) {
+	b.o.Metrics.countRefused(e.key.packet)
+	if e.key.packet && b.o.WrongSource != nil {
+		b.o.WrongSource()
+	}
+	if ok := b.warned.allow(time.Now()); ok {
+		b.log.Warn("refused what did not come from the server: server.address must be the address that the server sends from",
+			zap.Stringer("remote", from), zap.Stringer("server_address", b.o.Server),
+			zap.String("service", e.service.Name), zap.Stringer("peer", *e.owner.Load()))
+	}
+}
+
+// serveStreams accepts connections to the endpoint's owner until the listener
+// is closed.
+func (b *Bind) serveStreams(ctx context.Context, e *endpoint) {
+	backoff := acceptBackoffMin
+	for {
+		c, err := e.tcp.AcceptTCP()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil { // out of descriptors, most likely: others may free some
+			b.log.Error("accept on an endpoint", zap.Stringer("address", e.key.addr), zap.Error(err))
+			if !wait(ctx, backoff) {
+				return
+			}
+			backoff = min(2*backoff, acceptBackoffMax)
+			continue
+		}
+		backoff = acceptBackoffMin
+		from := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap() //nolint:errcheck // a TCP connection's
+		if !b.local.contains(from) {
+			b.wrongSource(e, from)
+			pipe.Abort(c)
+			continue
+		}
+		select {
+		case b.slots <- struct{}{}:
+		case <-ctx.Done():
+			pipe.Abort(c)
+			return
+		}
+		b.wg.Go(func() { b.serveStream(ctx, e, c) })
+	}
+}
+
+func (b *Bind) serveStream(ctx context.Context, e *endpoint, c *net.TCPConn) {
+	defer func() { <-b.slots }()
+	to := *e.owner.Load()
+	if to != b.o.Self {
+		b.o.Handler.Stream(ctx, to, e.service.Name, c)
+		return
+	}
+	b.o.Metrics.countHairpin(false)
+	server, err := b.DialServer(ctx, to, e.service.Name)
+	if err != nil {
+		b.log.Debug("hairpin: dial the local server", zap.String("service", e.service.Name), zap.Error(err))
+		pipe.Abort(c)
+		return
+	}
+	stop := context.AfterFunc(ctx, func() { pipe.Abort(c); pipe.Abort(server) })
+	defer stop()
+	pipe.Join(c, server, pipe.Options{})
+}
+
+func wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

@@ -1,0 +1,360 @@
+package pipe
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// These tests use real TCP connections: splice, half-close and reset are what
+// only they have.
+
+// tcpPair returns the two ends of a loopback connection.
+func tcpPair(t testing.TB) (a, b *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	dialled, err := net.Dial("tcp4", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []net.Conn{dialled, accepted} {
+		t.Cleanup(func() { _ = c.Close() })
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	}
+	return dialled.(*net.TCPConn), accepted.(*net.TCPConn)
+}
+
+// wrapped hides that a connection is TCP, so that it is not spliced.
+type wrapped struct{ net.Conn }
+
+func (w wrapped) CloseWrite() error { return w.Conn.(*net.TCPConn).CloseWrite() }
+func (w wrapped) Abort()            { Abort(w.Conn) }
+
+// A rig is near <-> (a joined with b) <-> far.
+type rig struct {
+	near, far *net.TCPConn
+	result    chan Result
+}
+
+type total struct{ n atomic.Int64 }
+
+func (c *total) Add(n float64) { c.n.Add(int64(n)) }
+
+// kinds are the pairs of connections that Join treats differently.
+var kinds = map[string]func(c *net.TCPConn, second bool) net.Conn{
+	"spliced":  func(c *net.TCPConn, _ bool) net.Conn { return c },
+	"buffered": func(c *net.TCPConn, _ bool) net.Conn { return wrapped{c} },
+	"mixed": func(c *net.TCPConn, second bool) net.Conn {
+		if second {
+			return wrapped{c}
+		}
+		return c
+	},
+}
+
+func newRig(t testing.TB, kind string, o Options) *rig {
+	t.Helper()
+	near, a := tcpPair(t)
+	b, far := tcpPair(t)
+	r := &rig{near: near, far: far, result: make(chan Result, 1)}
+	_ = a.SetDeadline(time.Time{})
+	_ = b.SetDeadline(time.Time{})
+	wrap := kinds[kind]
+	go func() { r.result <- Join(wrap(a, false), wrap(b, true), o) }()
+	t.Cleanup(func() { Abort(near); Abort(far) })
+	return r
+}
+
+func (r *rig) end(t testing.TB) Result {
+	t.Helper()
+	select {
+	case res := <-r.result:
+		return res
+	case <-time.After(10 * time.Second):
+		t.Fatal("Join did not return within 10 s")
+		return Result{}
+	}
+}
+
+func forEachKind(t *testing.T, f func(t *testing.T, kind string)) {
+	for kind := range kinds {
+		t.Run(kind, func(t *testing.T) { f(t, kind) })
+	}
+}
+
+func randomBytes(n int) []byte {
+	r := rand.NewChaCha8([32]byte{1})
+	b := make([]byte, n)
+	_, _ = r.Read(b)
+	return b
+}
+
+func TestBothWaysWhole(t *testing.T) {
+	forEachKind(t, func(t *testing.T, kind string) {
+		var out, in total
+		r := newRig(t, kind, Options{AtoB: &out, BtoA: &in})
+		there, back := randomBytes(5<<20+7), randomBytes(3<<20+1)
+		var wg sync.WaitGroup
+		send := func(c *net.TCPConn, b []byte) {
+			wg.Go(func() {
+				if _, err := c.Write(b); err != nil {
+					t.Error(err)
+				}
+				_ = c.CloseWrite()
+			})
+		}
+		check := func(c *net.TCPConn, want []byte) {
+			wg.Go(func() {
+				if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, want) {
+					t.Errorf("read %d bytes, %v; want %d as they were sent", len(got), err, len(want))
+				}
+			})
+		}
+		send(r.near, there)
+		send(r.far, back)
+		check(r.far, there)
+		check(r.near, back)
+		wg.Wait()
+		res := r.end(t)
+		if res.AtoB != int64(len(there)) || res.BtoA != int64(len(back)) || res.Reset || res.Err != nil {
+			t.Errorf("result %+v", res)
+		}
+		if out.n.Load() != res.AtoB || in.n.Load() != res.BtoA {
+			t.Errorf("counters %d and %d, result %+v", out.n.Load(), in.n.Load(), res)
+		}
+	})
+}
+
+// A half-close travels on and leaves the other direction open, whichever side
+// it comes from.
+func TestHalfClose(t *testing.T) {
+	forEachKind(t, func(t *testing.T, kind string) {
+		for _, nearFirst := range []bool{true, false} {
+			r := newRig(t, kind, Options{})
+			first, second := r.near, r.far
+			if !nearFirst {
+				first, second = second, first
+			}
+			_, _ = io.WriteString(first, "question")
+			_ = first.CloseWrite()
+			if got, err := io.ReadAll(second); err != nil || string(got) != "question" {
+				t.Fatalf("read %q, %v", got, err)
+			}
+			_, _ = io.WriteString(second, "answer")
+			_ = second.CloseWrite()
+			if got, err := io.ReadAll(first); err != nil || string(got) != "answer" {
+				t.Fatalf("read %q, %v", got, err)
+			}
+			if res := r.end(t); res.Reset || res.Err != nil {
+				t.Errorf("result %+v, want a clean end", res)
+			}
+		}
+	})
+}
+
+func TestResetTravels(t *testing.T) {
+	forEachKind(t, func(t *testing.T, kind string) {
+		for _, nearFirst := range []bool{true, false} {
+			r := newRig(t, kind, Options{})
+			first, second := r.near, r.far
+			if !nearFirst {
+				first, second = second, first
+			}
+			_, _ = io.WriteString(first, "x")
+			if _, err := io.ReadFull(second, make([]byte, 1)); err != nil {
+				t.Fatal(err)
+			}
+			Abort(first)
+			if _, err := second.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("read: %v, want a reset", err)
+			}
+			if res := r.end(t); !res.Reset || res.Err == nil {
+				t.Errorf("result %+v, want a reset", res)
+			}
+		}
+	})
+}
+
+// A side that has half-closed and then resets is noticed, though nothing is
+// ever written to it.
+func TestResetAfterHalfClose(t *testing.T) {
+	r := newRig(t, "spliced", Options{})
+	_ = r.near.CloseWrite()
+	if _, err := r.far.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Fatalf("read: %v, want EOF", err)
+	}
+	Abort(r.near)
+	// The far side learns by a reset, without having written anything.
+	_ = r.far.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if res := r.end(t); !res.Reset {
+		t.Errorf("result %+v, want a reset", res)
+	}
+}
+
+// cut ends like a TLS connection that was cut off.
+type cut struct{ net.Conn }
+
+func (c cut) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
+
+func TestTruncationIsAReset(t *testing.T) {
+	near, a := tcpPair(t)
+	b, _ := tcpPair(t)
+	res := Join(a, cut{b}, Options{})
+	if !res.Reset || !errors.Is(res.Err, io.ErrUnexpectedEOF) {
+		t.Errorf("result %+v, want a reset by io.ErrUnexpectedEOF", res)
+	}
+	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read: %v, want a reset", err)
+	}
+}
+
+func TestSlowReceiverHoldsTheSenderBack(t *testing.T) {
+	forEachKind(t, func(t *testing.T, kind string) {
+		r := newRig(t, kind, Options{})
+		_ = r.near.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+		sent := 0
+		var err error
+		for chunk := make([]byte, 1<<20); err == nil && sent < 1<<30; {
+			var n int
+			n, err = r.near.Write(chunk)
+			sent += n
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("%d bytes went in to a receiver that reads none (%v)", sent, err)
+		}
+		_ = r.near.CloseWrite()
+		if n, err := io.Copy(io.Discard, r.far); err != nil || n != int64(sent) {
+			t.Errorf("%d bytes came out, %v; %d went in", n, err, sent)
+		}
+	})
+}
+
+func countFDs(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+// An idle connection holds its two sockets and no pipe.
+func TestIdleHoldsNoPipe(t *testing.T) {
+	const n = 8
+	before := countFDs(t)
+	var rigs []*rig
+	for range n {
+		r := newRig(t, "spliced", Options{})
+		_, _ = io.WriteString(r.near, "x")
+		_, _ = io.ReadFull(r.far, make([]byte, 1))
+		rigs = append(rigs, r)
+	}
+	// Four sockets a rig; all joins together may keep a few pipes for later.
+	if got := countFDs(t) - before; got > 4*n+2*2 {
+		t.Errorf("%d descriptors for %d joins, want at most %d", got, n, 4*n+4)
+	}
+	for _, r := range rigs {
+		_ = r.near.Close()
+		_ = r.far.Close()
+		r.end(t)
+	}
+}
+
+// Where no pipe can be had bytes are copied, and none is lost.
+func TestOutOfDescriptors(t *testing.T) {
+	pipes.mu.Lock()
+	for _, p := range pipes.free {
+		p.close()
+	}
+	pipes.free = nil
+	pipes.mu.Unlock()
+
+	r := newRig(t, "spliced", Options{})
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	low := old
+	low.Cur = 3 // nothing new can be opened; what is open stays
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &low); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Setrlimit(unix.RLIMIT_NOFILE, &old) }()
+	want := randomBytes(1 << 20)
+	go func() {
+		_, _ = r.near.Write(want)
+		_ = r.near.CloseWrite()
+	}()
+	if got, err := io.ReadAll(r.far); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("read %d bytes, %v; want %d as they were sent", len(got), err, len(want))
+	}
+	if n := len(pipes.free); n != 0 {
+		t.Errorf("%d pipes were made: the limit was not in force", n)
+	}
+}
+
+// A connection that breaks while its pipe holds bytes does not leave them to
+// the next one.
+func TestPipesAreGivenBackEmpty(t *testing.T) {
+	for range 20 {
+		r := newRig(t, "spliced", Options{})
+		_ = r.near.SetWriteDeadline(time.Now().Add(30 * time.Millisecond))
+		for _, err := r.near.Write(make([]byte, 8<<20)); err == nil; {
+			_, err = r.near.Write(make([]byte, 8<<20))
+		}
+		Abort(r.far)
+		r.end(t)
+	}
+	pipes.mu.Lock()
+	defer pipes.mu.Unlock()
+	for _, p := range pipes.free {
+		if n, err := unix.IoctlGetInt(p.r, unix.TIOCINQ); err != nil || n != 0 {
+			t.Errorf("an idle pipe holds %d bytes (%v)", n, err)
+		}
+	}
+}
+
+func BenchmarkJoin(b *testing.B) {
+	for kind := range kinds {
+		b.Run(kind, func(b *testing.B) {
+			r := newRig(b, kind, Options{})
+			for _, c := range []*net.TCPConn{r.near, r.far} {
+				_ = c.SetDeadline(time.Time{})
+			}
+			chunk := make([]byte, 256<<10)
+			b.SetBytes(int64(len(chunk)))
+			go func() {
+				for range b.N {
+					_, _ = r.near.Write(chunk)
+				}
+				_ = r.near.CloseWrite()
+			}()
+			if _, err := io.Copy(io.Discard, r.far); err != nil {
+				b.Fatal(err)
+			}
+			_ = r.far.Close()
+			r.end(b)
+		})
+	}
+}
