@@ -1,0 +1,72 @@
+package connset
+
+import (
+	"context"
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestDrainWaitsForTheLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New()
+		a, b := net.Pipe()
+		removeA, _ := s.Add(a)
+		removeB, _ := s.Add(b)
+		if s.Len() != 2 {
+			t.Errorf("Len = %d, want 2", s.Len())
+		}
+		drained := make(chan int)
+		go func() { drained <- s.Drain(t.Context()) }()
+		synctest.Wait()
+		if _, ok := s.Add(a); ok {
+			t.Error("a connection was added during the drain")
+		}
+		removeA()
+		removeA()
+		select {
+		case <-drained:
+			t.Fatal("drained with one connection left")
+		default:
+		}
+		removeB()
+		if n := <-drained; n != 0 {
+			t.Errorf("Drain = %d, want 0", n)
+		}
+		if n := s.Drain(t.Context()); n != 0 {
+			t.Errorf("second Drain = %d, want 0", n)
+		}
+	})
+}
+
+func TestDrainAbortsWhatIsLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New()
+		a, b := net.Pipe()
+		remove, _ := s.Add(a)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		began := time.Now()
+		if n := s.Drain(ctx); n != 1 {
+			t.Errorf("Drain = %d, want 1", n)
+		}
+		if took := time.Since(began); took != time.Second {
+			t.Errorf("Drain took %v, want its whole second", took)
+		}
+		if _, err := b.Read(make([]byte, 1)); err == nil {
+			t.Error("the connection is still open")
+		}
+		remove()
+	})
+}
+
+func TestDrainOfNothing(t *testing.T) {
+	if n := New().Drain(t.Context()); n != 0 {
+		t.Errorf("Drain = %d, want 0", n)
+	}
+}
