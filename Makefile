@@ -71,7 +71,7 @@ tidy:
 fuzz: ## Each fuzz target for FUZZTIME (30s)
 	@for t in $$(grep -rhoE --include='*_test.go' '^func Fuzz[A-Za-z0-9]+' --with-filename . | sed -E 's,^\./(.*)/[^/]+:func (.*),\1:\2,'); do \
 		echo "fuzz $$t"; \
-		$(GO) test -run '^$$' -fuzz "^$${t#*:}$$" -fuzztime $(FUZZTIME) ./$${t%%:*}; \
+		$(GO) test -run '^$$' -fuzz "^$${t#*:}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./$${t%%:*}; \
 	done
 
 .PHONY: bench

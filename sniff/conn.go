@@ -1,0 +1,128 @@
+package sniff
+
+import (
+	"errors"
+	"io"
+	"net"
+)
+
+// firstRead is how much is read at once to begin with, in bytes: a whole hello
+// with a post-quantum key share, as a rule.
+const firstRead = 2 << 10
+
+// A Conn is a connection whose beginning can be looked at before it is read. It
+// is a [net.Conn] that gives what was looked at first.
+type Conn struct {
+	net.Conn
+	buf    []byte // looked at and not read
+	reader reader
+	hello  *Hello // once complete
+}
+
+// NewConn wraps a connection from which nothing has been read. The Conn owns c.
+func NewConn(c net.Conn) *Conn { return &Conn{Conn: c} }
+
+// FirstByte waits for the first byte and returns it. The error is the
+// connection's, [io.EOF] if it ended without one.
+func (c *Conn) FirstByte() (byte, error) {
+	if len(c.buf) == 0 {
+		if err := c.peekMore(); err != nil {
+			return 0, err
+		}
+	}
+	return c.buf[0], nil
+}
+
+// Hello waits for the whole ClientHello and returns what it says. It may be
+// called again, also after a deadline has passed. An end before the first byte
+// is [io.EOF], one within the hello [io.ErrUnexpectedEOF].
+func (c *Conn) Hello() (Hello, error) {
+	if c.hello != nil {
+		return *c.hello, nil
+	}
+	for {
+		if err := c.reader.advance(c.buf); err != nil {
+			return Hello{}, err
+		}
+		if c.reader.complete() {
+			break
+		}
+		if err := c.peekMore(); err != nil {
+			if errors.Is(err, io.EOF) && len(c.buf) > 0 {
+				err = io.ErrUnexpectedEOF
+			}
+			return Hello{}, err
+		}
+	}
+	hello, err := parseMessage(c.reader.message())
+	if err != nil {
+		return Hello{}, err
+	}
+	c.reader = reader{}
+	c.hello = &hello
+	return hello, nil
+}
+
+// peekMore reads once. The buffer grows by what has come, never by what a
+// length in it claims.
+func (c *Conn) peekMore() error {
+	if len(c.buf) == cap(c.buf) {
+		grown := make([]byte, len(c.buf), min(max(2*cap(c.buf), firstRead), MaxPeek))
+		copy(grown, c.buf)
+		c.buf = grown
+	}
+	n, err := c.Conn.Read(c.buf[len(c.buf):cap(c.buf)])
+	c.buf = c.buf[:len(c.buf)+n]
+	if n > 0 {
+		return nil // an error comes again at the next read
+	}
+	if err == nil {
+		err = io.ErrNoProgress
+	}
+	return err
+}
+
+// Buffered returns what was looked at and not read yet. It is valid until the
+// next call.
+func (c *Conn) Buffered() []byte { return c.buf }
+
+// Detach returns the connection itself and what was looked at, which comes
+// before all that it reads from now on. The Conn is of no more use.
+func (c *Conn) Detach() (net.Conn, []byte) {
+	raw, peeked := c.Conn, c.buf
+	c.Conn, c.buf = nil, nil
+	return raw, peeked
+}
+
+// Read gives what was looked at, and then reads on.
+func (c *Conn) Read(p []byte) (int, error) {
+	if len(c.buf) == 0 {
+		return c.Conn.Read(p)
+	}
+	n := copy(p, c.buf)
+	if c.buf = c.buf[n:]; len(c.buf) == 0 {
+		c.buf = nil
+	}
+	return n, nil
+}
+
+// CloseWrite half-closes the connection, or closes it where it cannot be
+// half-closed.
+func (c *Conn) CloseWrite() error {
+	if h, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return h.CloseWrite()
+	}
+	return c.Conn.Close()
+}
+
+// Abort closes the connection so that its peer sees a reset, where it can.
+func (c *Conn) Abort() {
+	switch raw := c.Conn.(type) {
+	case interface{ Abort() }:
+		raw.Abort()
+		return
+	case interface{ SetLinger(sec int) error }:
+		_ = raw.SetLinger(0) // fails on a closed connection alone
+	}
+	_ = c.Conn.Close()
+}
