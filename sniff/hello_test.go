@@ -118,22 +118,26 @@ func TestRefused(t *testing.T) {
 
 // hostile are hellos that claim more than they may, or never end. Each says
 // how much may be read before it is refused.
-var hostile = map[string]struct {
+func hostile() map[string]hostileHello {
+	return map[string]hostileHello{
+		"a message of 16 MiB":       {&endless{prefix: []byte{22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff}, repeat: []byte{0}}, firstRead},
+		"a message of 64 KiB and 1": {&endless{prefix: []byte{22, 3, 1, 0x40, 0, 1, 1, 0, 1}, repeat: []byte{0}}, firstRead},
+		"records of one byte":       {&endless{prefix: []byte{22, 3, 1, 0, 4, 1, 1, 0, 0}, repeat: []byte{22, 3, 1, 0, 1, 0}}, MaxPeek},
+		"a record of 64 KiB":        {&endless{prefix: []byte{22, 3, 1, 0xff, 0xff}, repeat: []byte{0}}, firstRead},
+		"records without a byte":    {&endless{prefix: nil, repeat: []byte{22, 3, 1, 0, 0}}, firstRead},
+	}
+}
+
+type hostileHello struct {
 	conn  *endless
 	limit int // bytes
-}{
-	"a message of 16 MiB":       {&endless{prefix: []byte{22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff}, repeat: []byte{0}}, firstRead},
-	"a message of 64 KiB and 1": {&endless{prefix: []byte{22, 3, 1, 0x40, 0, 1, 1, 0, 1}, repeat: []byte{0}}, firstRead},
-	"records of one byte":       {&endless{prefix: []byte{22, 3, 1, 0, 4, 1, 1, 0, 0}, repeat: []byte{22, 3, 1, 0, 1, 0}}, MaxPeek},
-	"a record of 64 KiB":        {&endless{prefix: []byte{22, 3, 1, 0xff, 0xff}, repeat: []byte{0}}, firstRead},
-	"records without a byte":    {&endless{prefix: nil, repeat: []byte{22, 3, 1, 0, 0}}, firstRead},
 }
 
 func TestHostileHellosAreBounded(t *testing.T) {
-	if len(hostile) < 5 {
+	if len(hostile()) < 5 {
 		t.Fatal("the hostile hellos are missing")
 	}
-	for name, h := range hostile {
+	for name, h := range hostile() {
 		_, err := NewConn(h.conn).Hello()
 		if err == nil {
 			t.Errorf("%s was accepted", name)

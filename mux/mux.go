@@ -1,0 +1,357 @@
+// Package mux is the inbound side's front door: it accepts connections within
+// limits, looks at the first byte, and hands TLS to one handler and the rest
+// to another.
+//
+//	s, err := mux.New(ln, mux.Options{TLS: terminator, Metrics: m})
+//	if err != nil { ... }
+//	err = s.Run(ctx) // until ctx ends
+//
+// Each phase has its limit. Connections beyond MaxConns wait in the kernel;
+// those of one source beyond MaxConnsPerSource are closed; one that sends
+// nothing is closed after FirstByteTimeout. What comes after the first byte is
+// its handler's business.
+//
+// When Run's context ends the listener is closed and [Draining] is closed for
+// every handler. Handlers have DrainTimeout to end by themselves; then their
+// contexts end and their connections are reset. Run waits for all of them.
+package mux
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"culvert/internal/connset"
+	"culvert/internal/pipe"
+	"culvert/internal/sample"
+	"culvert/sniff"
+)
+
+// The defaults of [Options].
+const (
+	DefaultMaxConns          = 4096
+	DefaultMaxConnsPerSource = 512
+	DefaultFirstByteTimeout  = 10 * time.Second
+	DefaultDrainTimeout      = 5 * time.Second
+)
+
+const (
+	acceptBackoffMin = 5 * time.Millisecond
+	acceptBackoffMax = time.Second
+	// tlsHandshake is the first byte of TLS: a record of type handshake
+	// (RFC 8446 section 5.1).
+	tlsHandshake = 0x16
+)
+
+// A Handler serves one connection. It owns c, closes it, and returns soon after
+// ctx has ended.
+type Handler interface {
+	ServeConn(ctx context.Context, c *sniff.Conn)
+}
+
+// HandlerFunc makes a [Handler] of a function.
+type HandlerFunc func(ctx context.Context, c *sniff.Conn)
+
+// ServeConn calls f.
+func (f HandlerFunc) ServeConn(ctx context.Context, c *sniff.Conn) { f(ctx, c) }
+
+// Options configure a [Server]. Zero means the default of the same name.
+type Options struct {
+	// MaxConns bounds the connections that are open at once.
+	MaxConns int
+	// MaxConnsPerSource bounds those of one address, for IPv6 of one /64.
+	MaxConnsPerSource int
+	// FirstByteTimeout bounds the wait for the first byte.
+	FirstByteTimeout time.Duration
+	// DrainTimeout is how long handlers have to end when the server stops.
+	DrainTimeout time.Duration
+	// TLS serves connections that begin like TLS. Required.
+	TLS Handler
+	// Plain serves the others. Nil means that they are closed and counted.
+	Plain Handler
+	// Log receives what goes wrong. Nil means no log.
+	Log *zap.Logger
+	// Metrics counts. Nil means no counts.
+	Metrics *Metrics
+}
+
+func (o Options) withDefaults() (Options, error) {
+	for _, n := range []struct {
+		name  string
+		value *int
+		def   int
+	}{{"MaxConns", &o.MaxConns, DefaultMaxConns}, {"MaxConnsPerSource", &o.MaxConnsPerSource, DefaultMaxConnsPerSource}} {
+		if *n.value < 0 {
+			return o, fmt.Errorf("mux: %s is %d, must not be negative", n.name, *n.value)
+		}
+		if *n.value == 0 {
+			*n.value = n.def
+		}
+	}
+	for _, d := range []struct {
+		name  string
+		value *time.Duration
+		def   time.Duration
+	}{{"FirstByteTimeout", &o.FirstByteTimeout, DefaultFirstByteTimeout}, {"DrainTimeout", &o.DrainTimeout, DefaultDrainTimeout}} {
+		if *d.value < 0 {
+			return o, fmt.Errorf("mux: %s is %v, must not be negative", d.name, *d.value)
+		}
+		if *d.value == 0 {
+			*d.value = d.def
+		}
+	}
+	if o.TLS == nil {
+		return o, errors.New("mux: TLS is required")
+	}
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	if o.Metrics == nil {
+		o.Metrics = NewMetrics(nil)
+	}
+	return o, nil
+}
+
+// A Server accepts connections on one listener. Make one with [New].
+type Server struct {
+	ln    net.Listener
+	o     Options
+	log   *zap.Logger
+	slots chan struct{}
+	conns *connset.Set
+	ran   atomic.Bool
+	wg    sync.WaitGroup
+	warn  sample.Sampler
+
+	mu      sync.Mutex
+	sources map[netip.Prefix]int // connections open from each
+}
+
+// New returns a server for ln, which it owns from then on, unless there is an
+// error.
+func New(ln net.Listener, o Options) (*Server, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	return &Server{
+		ln: ln, o: o, log: o.Log.Named("mux"), slots: make(chan struct{}, o.MaxConns), conns: connset.New(),
+		sources: make(map[netip.Prefix]int),
+	}, nil
+}
+
+// Addr is the listener's address.
+func (s *Server) Addr() net.Addr { return s.ln.Addr() }
+
+// Close gives up a server that was never run.
+func (s *Server) Close() error { return s.ln.Close() }
+
+type drainingKey struct{}
+
+// Draining returns a channel that is closed when the server that a handler's
+// context comes from begins to stop. It is nil, and so never closed, for other
+// contexts.
+func Draining(ctx context.Context) <-chan struct{} {
+	ch, _ := ctx.Value(drainingKey{}).(<-chan struct{}) // absent is nil
+	return ch
+}
+
+// Run accepts until ctx ends, then drains. It returns nil after such a stop, and
+// the listener's error if that ended by itself. It runs once.
+func (s *Server) Run(ctx context.Context) error {
+	if s.ran.Swap(true) {
+		return errors.New("mux: run twice")
+	}
+	handlers, cut := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), drainingKey{}, ctx.Done()))
+	defer cut()
+	stop := context.AfterFunc(ctx, func() { _ = s.ln.Close() })
+	err := s.accept(ctx, handlers)
+	stop()
+	_ = s.ln.Close()
+
+	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.o.DrainTimeout)
+	defer cancel()
+	left := s.conns.Drain(drain)
+	cut()
+	s.wg.Wait()
+	if left > 0 {
+		s.log.Info("connections cut off at the end of the drain", zap.Int("connections", left))
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// accept hands connections on until the listener is closed.
+func (s *Server) accept(ctx, handlers context.Context) error {
+	backoff := acceptBackoffMin
+	for {
+		if !s.reserve(ctx) {
+			return nil
+		}
+		c, err := s.ln.Accept()
+		if err != nil {
+			<-s.slots
+			if errors.Is(err, net.ErrClosed) {
+				return fmt.Errorf("accept: %w", err)
+			}
+			s.o.Metrics.acceptErrors.Inc()
+			if _, ok := s.warn.Allow("accept"); ok {
+				s.log.Error("accept", zap.Error(err)) // out of descriptors, most likely: others may free some
+			}
+			if !wait(ctx, backoff) {
+				return nil
+			}
+			backoff = min(2*backoff, acceptBackoffMax)
+			continue
+		}
+		backoff = acceptBackoffMin
+		s.wg.Go(func() { s.serve(handlers, c) })
+	}
+}
+
+// reserve takes a slot before there is a connection to put in it, so that what
+// cannot be served waits in the kernel.
+func (s *Server) reserve(ctx context.Context) bool {
+	select {
+	case s.slots <- struct{}{}:
+		return true
+	default:
+	}
+	if _, ok := s.warn.Allow("full"); ok {
+		s.log.Warn("no more connections are accepted until one ends", zap.Int("open", cap(s.slots)))
+	}
+	select {
+	case s.slots <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (s *Server) serve(ctx context.Context, raw net.Conn) {
+	defer func() { <-s.slots }()
+	source := sourceOf(raw.RemoteAddr())
+	if !s.enter(source) {
+		s.refuse(raw, reasonLimitSource, nil)
+		return
+	}
+	defer s.leave(source)
+	remove, ok := s.conns.Add(raw)
+	if !ok { // accepted while the drain began
+		pipe.Abort(raw)
+		return
+	}
+	defer remove()
+	s.o.Metrics.open.Inc()
+	defer s.o.Metrics.open.Dec()
+	defer s.recovered(raw)
+	s.dispatch(ctx, raw)
+}
+
+// recovered keeps one connection's panic from the others, as net/http does: the
+// bytes that provoke it come from strangers. It is told in full.
+func (s *Server) recovered(raw net.Conn) {
+	if p := recover(); p != nil {
+		s.log.Error("panic while serving a connection", zap.Stringer("remote", raw.RemoteAddr()),
+			zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+		pipe.Abort(raw)
+	}
+}
+
+func (s *Server) dispatch(ctx context.Context, raw net.Conn) {
+	c := sniff.NewConn(raw)
+	if err := raw.SetReadDeadline(time.Now().Add(s.o.FirstByteTimeout)); err != nil {
+		s.refuse(raw, reasonClosedEarly, err)
+		return
+	}
+	first, err := c.FirstByte()
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		s.refuse(raw, reasonFirstByteTimeout, err)
+		return
+	case err != nil:
+		s.refuse(raw, reasonClosedEarly, err)
+		return
+	}
+	if err := raw.SetReadDeadline(time.Time{}); err != nil {
+		s.refuse(raw, reasonClosedEarly, err)
+		return
+	}
+	switch {
+	case first == tlsHandshake:
+		s.o.Metrics.tls.Inc()
+		s.o.TLS.ServeConn(ctx, c)
+	case s.o.Plain != nil:
+		s.o.Metrics.plain.Inc()
+		s.o.Plain.ServeConn(ctx, c)
+	default:
+		s.refuse(raw, reasonNotTLS, nil)
+	}
+}
+
+// refuse counts and closes a connection that gets no handler: a stranger's
+// noise.
+func (s *Server) refuse(c net.Conn, reason string, err error) {
+	s.o.Metrics.Refused(reason)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	s.log.Debug("connection refused", zap.Stringer("remote", c.RemoteAddr()), zap.String("reason", reason), zap.Error(err))
+	_ = c.Close()
+}
+
+func (s *Server) enter(source netip.Prefix) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.sources[source] >= s.o.MaxConnsPerSource {
+		return false
+	}
+	s.sources[source]++
+	return true
+}
+
+func (s *Server) leave(source netip.Prefix) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.sources[source]--; s.sources[source] == 0 {
+		delete(s.sources, source)
+	}
+}
+
+// sourceOf is whom a connection counts for: an IPv4 address, or the /64 that one
+// IPv6 host can fill with addresses.
+func sourceOf(a net.Addr) netip.Prefix {
+	ap, err := netip.ParseAddrPort(a.String())
+	if err != nil {
+		return netip.Prefix{} // not TCP: all count together
+	}
+	addr := ap.Addr().Unmap().WithZone("")
+	bits := addr.BitLen()
+	if addr.Is6() {
+		bits = 64
+	}
+	return netip.PrefixFrom(addr, bits).Masked()
+}
+
+func wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
