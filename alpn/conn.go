@@ -1,0 +1,197 @@
+package alpn
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"culvert/certs"
+	"culvert/internal/pipe"
+	"culvert/internal/sockopt"
+)
+
+// closeTimeout bounds the close_notify that [Conn.Close] sends.
+const closeTimeout = time.Second
+
+// A Conn is a TLS connection after its handshake, with its peer and its protocol
+// known. It is a [net.Conn] with a half-close, and unlike a [tls.Conn] it tells
+// an end that the peer meant from one that it did not:
+//
+//   - close_notify reads as [io.EOF],
+//   - an end of the TCP connection without it as [io.ErrUnexpectedEOF],
+//   - an alert as a [*RefusedError].
+//
+// One goroutine may read while another writes and a third closes.
+type Conn struct {
+	*tls.Conn
+	wire  *wire
+	peer  certs.Identity
+	route Route
+}
+
+// Peer is who the verified certificate of the far side names.
+func (c *Conn) Peer() certs.Identity { return c.peer }
+
+// Route is what was negotiated.
+func (c *Conn) Route() Route { return c.route }
+
+// Coalesce says whether frames that wait may share a TLS record: receivers of
+// native protocols exist that lose what follows the first.
+func (c *Conn) Coalesce() bool { return !c.route.Native }
+
+// Version is the negotiated version for display, such as "TLS 1.3".
+func (c *Conn) Version() string { return tls.VersionName(c.ConnectionState().Version) }
+
+// Read reads as [tls.Conn.Read] does, but for the errors at the end, which
+// [Conn] lists.
+func (c *Conn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err == nil {
+		return n, nil
+	}
+	if err == io.EOF && c.wire.ended.Load() { //nolint:errorlint // io.EOF is never wrapped here, and this is the hot path
+		// crypto/tls reads no further than it must: where the raw connection's
+		// end reached it, it was still waiting for a record.
+		return n, io.ErrUnexpectedEOF
+	}
+	return n, refused(err)
+}
+
+// CloseWrite sends close_notify and leaves the other direction as it is. What
+// was written before goes out first, however long the peer takes to read it:
+// the five seconds that crypto/tls would give it do not apply.
+func (c *Conn) CloseWrite() error {
+	c.wire.setPatient(true)
+	defer c.wire.setPatient(false)
+	return c.Conn.CloseWrite()
+}
+
+// Close sends close_notify, if [Conn.CloseWrite] has not, and closes the
+// connection. It takes no longer than a second.
+func (c *Conn) Close() error {
+	c.wire.beginClose()
+	return c.Conn.Close()
+}
+
+// Abort closes the connection with a reset and no close_notify. The peer's Read
+// fails.
+func (c *Conn) Abort() { pipe.Abort(c.wire.raw) }
+
+// A RefusedError is an alert of the far side. In TLS 1.3 a dialler learns only
+// by reading that its certificate was refused.
+type RefusedError struct {
+	Err error // names the alert
+}
+
+func (e *RefusedError) Error() string { return "refused by the far side: " + e.Err.Error() }
+
+// Unwrap returns Err.
+func (e *RefusedError) Unwrap() error { return e.Err }
+
+// refused marks the error that crypto/tls makes of an alert.
+func refused(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "remote error" {
+		return &RefusedError{Err: op.Err}
+	}
+	return err
+}
+
+// A wire is the connection beneath TLS. It serves what was peeked first, counts
+// bytes and remembers whether the end of the connection was read.
+type wire struct {
+	raw     net.Conn
+	peeked  []byte
+	metrics *Metrics
+	ended   atomic.Bool
+
+	mu      sync.Mutex // orders changes of the write deadline
+	patient bool       // in CloseWrite
+	closing bool       // Close has begun
+}
+
+func (w *wire) Read(p []byte) (int, error) {
+	if len(w.peeked) > 0 {
+		n := copy(p, w.peeked)
+		w.peeked = w.peeked[n:]
+		if len(w.peeked) == 0 {
+			w.peeked = nil // a hello of 64 KiB must not live as long as its connection
+		}
+		w.metrics.wireIn.Add(float64(n))
+		return n, nil
+	}
+	n, err := w.raw.Read(p)
+	if n > 0 {
+		w.metrics.wireIn.Add(float64(n))
+		if errors.Is(err, io.EOF) {
+			// Bytes together with the end: crypto/tls may need no more than
+			// these, so the end is told when it asks again.
+			return n, nil
+		}
+	} else if errors.Is(err, io.EOF) {
+		w.ended.Store(true)
+	}
+	return n, err
+}
+
+func (w *wire) Write(p []byte) (int, error) {
+	n, err := w.raw.Write(p)
+	w.metrics.wireOut.Add(float64(n))
+	return n, err
+}
+
+func (w *wire) setPatient(on bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.patient = on
+}
+
+// beginClose bounds every write from now on, one that is stuck included: a
+// CloseWrite that waits for its peer holds the lock that tls.Conn.Close takes.
+func (w *wire) beginClose() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closing = true
+	_ = w.raw.SetWriteDeadline(time.Now().Add(closeTimeout)) // an error means closed already
+}
+
+// SetWriteDeadline corrects the deadline that crypto/tls sets for close_notify.
+// The one that it sets afterwards, to let further writes fail, is not in the
+// future and passes.
+func (w *wire) SetWriteDeadline(t time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if now := time.Now(); t.After(now) {
+		limit := now.Add(closeTimeout)
+		switch {
+		case w.closing && t.After(limit):
+			t = limit
+		case w.patient && !w.closing:
+			t = time.Time{}
+		}
+	}
+	return w.raw.SetWriteDeadline(t)
+}
+
+func (w *wire) Close() error                      { return w.raw.Close() }
+func (w *wire) LocalAddr() net.Addr               { return w.raw.LocalAddr() }
+func (w *wire) RemoteAddr() net.Addr              { return w.raw.RemoteAddr() }
+func (w *wire) SetDeadline(t time.Time) error     { return w.raw.SetDeadline(t) }
+func (w *wire) SetReadDeadline(t time.Time) error { return w.raw.SetReadDeadline(t) }
+
+// tune sets the socket options for a kind of service, where there is a socket.
+// The connection works without them, only not as well.
+func tune(c net.Conn, kind Kind) error {
+	tcp, ok := c.(*net.TCPConn)
+	switch {
+	case !ok:
+		return nil
+	case kind == KindPacket:
+		return sockopt.Packet(tcp)
+	}
+	return sockopt.Stream(tcp)
+}

@@ -1,0 +1,81 @@
+package alert
+
+import (
+	"bytes"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+)
+
+func pair(t *testing.T) (client, server *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close(); s.Close() })
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	return c.(*net.TCPConn), s.(*net.TCPConn)
+}
+
+// Bytes that nobody read must not turn the alert into a reset.
+func TestRefuseWithUnreadBytes(t *testing.T) {
+	c, s := pair(t)
+	if _, err := c.Write(bytes.Repeat([]byte("x"), 4096)); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); Refuse(s, UnrecognizedName) }()
+	got, err := io.ReadAll(c)
+	if err != nil {
+		t.Fatalf("read alert: %v", err)
+	}
+	if want := []byte{0x15, 3, 3, 0, 2, 2, 112}; !bytes.Equal(got, want) {
+		t.Errorf("alert record % x, want % x", got, want)
+	}
+	c.Close()
+	<-done
+}
+
+// crypto/tls must understand the record as what it is meant to be.
+func TestRefuseIsUnderstood(t *testing.T) {
+	for description, want := range map[byte]string{
+		UnrecognizedName:      "unrecognized name",
+		NoApplicationProtocol: "no application protocol",
+		DecodeError:           "error decoding message",
+		InternalError:         "internal error",
+	} {
+		c, s := pair(t)
+		done := make(chan struct{})
+		go func() { defer close(done); Refuse(s, description) }()
+		err := tls.Client(c, &tls.Config{ServerName: "a.example", MinVersion: tls.VersionTLS13}).Handshake()
+		var remote *net.OpError
+		if !errors.As(err, &remote) || remote.Op != "remote error" || !strings.Contains(err.Error(), want) {
+			t.Errorf("alert %d: handshake error %v, want remote error %q", description, err, want)
+		}
+		c.Close()
+		<-done
+	}
+}
+
+func TestRefuseIsBounded(t *testing.T) {
+	_, s := pair(t) // the client neither closes nor reads
+	start := time.Now()
+	Refuse(s, DecodeError)
+	if d := time.Since(start); d < Budget/2 || d > 3*Budget {
+		t.Errorf("Refuse took %v with a peer that stays, want about %v", d, Budget)
+	}
+}

@@ -1,0 +1,126 @@
+package sockopt
+
+import (
+	"context"
+	"net"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func dial(t *testing.T, d net.Dialer) *net.TCPConn {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	c, err := d.DialContext(ctx, "tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c.(*net.TCPConn)
+}
+
+func option(t *testing.T, c *net.TCPConn, level, name int) (value int, err error) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cerr := raw.Control(func(fd uintptr) { value, err = unix.GetsockoptInt(int(fd), level, name) }); cerr != nil {
+		t.Fatal(cerr)
+	}
+	return value, err
+}
+
+func want(t *testing.T, c *net.TCPConn, name string, level, opt, want int) {
+	t.Helper()
+	got, err := option(t, c, level, opt)
+	if err != nil {
+		t.Fatalf("read %s: %v", name, err)
+	}
+	if got != want {
+		t.Errorf("%s = %d, want %d", name, got, want)
+	}
+}
+
+// capped says whether this kernel has TCP_RTO_MAX_MS at all.
+func capped(t *testing.T) bool {
+	t.Helper()
+	_, err := option(t, dial(t, net.Dialer{}), unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS)
+	return err == nil
+}
+
+func TestPacket(t *testing.T) {
+	c := dial(t, net.Dialer{})
+	if err := Packet(c); err != nil {
+		t.Fatal(err)
+	}
+	want(t, c, "TCP_NODELAY", unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	want(t, c, "SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	want(t, c, "TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 5)
+	want(t, c, "TCP_KEEPINTVL", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 1)
+	want(t, c, "TCP_KEEPCNT", unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 5)
+	want(t, c, "TCP_NOTSENT_LOWAT", unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 16<<10)
+	if capped(t) {
+		want(t, c, "TCP_RTO_MAX_MS", unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, 1000)
+		want(t, c, "TCP_USER_TIMEOUT", unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 10_000)
+	} else {
+		want(t, c, "TCP_USER_TIMEOUT", unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 3_000)
+	}
+}
+
+func TestStream(t *testing.T) {
+	c := dial(t, net.Dialer{})
+	if err := Stream(c); err != nil {
+		t.Fatal(err)
+	}
+	want(t, c, "SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	want(t, c, "TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 30)
+	want(t, c, "TCP_KEEPINTVL", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 10)
+	want(t, c, "TCP_KEEPCNT", unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 3)
+	want(t, c, "TCP_USER_TIMEOUT", unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 60_000)
+	if capped(t) {
+		want(t, c, "TCP_RTO_MAX_MS", unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, 1000)
+	}
+}
+
+func TestControl(t *testing.T) {
+	if !capped(t) {
+		t.Skip("this kernel has no TCP_RTO_MAX_MS")
+	}
+	c := dial(t, net.Dialer{Control: Control})
+	want(t, c, "TCP_RTO_MAX_MS", unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, 1000)
+}
+
+// A kernel without the option must not make every connection fail.
+func TestPacketTimeoutWithoutCap(t *testing.T) {
+	if got := packetTimeout(false); got != 3*time.Second {
+		t.Errorf("packetTimeout(false) = %v, want 3s", got)
+	}
+	// A socket that is no TCP socket refuses the option as an old kernel does.
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if ok, err := capRTO(fd); ok || err != nil {
+		t.Errorf("capRTO on a UDP socket = %v, %v, want false, nil", ok, err)
+	}
+}
+
+func TestClosed(t *testing.T) {
+	c := dial(t, net.Dialer{})
+	c.Close()
+	if err := Packet(c); err == nil {
+		t.Error("Packet on a closed connection gave no error")
+	}
+	if err := Stream(c); err == nil {
+		t.Error("Stream on a closed connection gave no error")
+	}
+}
