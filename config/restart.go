@@ -1,0 +1,29 @@
+package config
+
+import (
+	"reflect"
+	"strings"
+)
+
+// live are the fields that a reload changes in a running process.
+var live = map[string]bool{"Gateways": true, "Peers": true, "Datacenters": true, "Sidecars": true}
+
+// Restart names the settings in which two configurations of a sidecar differ
+// and that only a restart can change: all but gateways, peers and datacenters.
+func Restart(old, now *Sidecar) []string { return differences(*old, *now) }
+
+// RestartGateway does the same for a gateway: all but sidecars and datacenters.
+func RestartGateway(old, now *Gateway) []string { return differences(*old, *now) }
+
+func differences(old, now any) []string {
+	var out []string
+	a, b := reflect.ValueOf(old), reflect.ValueOf(now)
+	for i := range a.NumField() {
+		name := a.Type().Field(i).Name
+		if live[name] || reflect.DeepEqual(a.Field(i).Interface(), b.Field(i).Interface()) {
+			continue
+		}
+		out = append(out, strings.ToLower(name))
+	}
+	return out
+}
