@@ -1,0 +1,67 @@
+package sidecar
+
+import (
+	"culvert/alpn"
+	"culvert/capture"
+	"culvert/catalog"
+	"culvert/certs"
+	"culvert/config"
+)
+
+// What follows turns the configuration into each part's own terms.
+
+const kindPacket = "packet"
+
+func snapshot(cfg *config.Sidecar) *catalog.Snapshot {
+	s := &catalog.Snapshot{
+		Self:     catalog.Key{Datacenter: cfg.Datacenter, Node: cfg.Node},
+		Gateways: cfg.Gateways,
+	}
+	for _, p := range cfg.Peers {
+		s.Peers = append(s.Peers, catalog.Peer{
+			Key:       catalog.Key{Datacenter: p.Datacenter, Node: p.Node},
+			Advertise: p.Advertise, Address: p.Address,
+		})
+	}
+	for _, d := range cfg.Datacenters {
+		s.Datacenters = append(s.Datacenters, catalog.Datacenter{Name: d.Name, Gateways: d.Gateways, Mode: catalog.Mode(d.Mode)})
+	}
+	return s
+}
+
+func protocols(services []config.Service) []alpn.Service {
+	var out []alpn.Service
+	for _, s := range services {
+		kind := alpn.KindStream
+		if s.Kind == kindPacket {
+			kind = alpn.KindPacket
+		}
+		out = append(out, alpn.Service{Name: s.Name, Kind: kind, ALPN: s.ALPN})
+	}
+	return out
+}
+
+func endpoints(services []config.Service) []capture.Service {
+	var out []capture.Service
+	for _, s := range services {
+		out = append(out, capture.Service{Name: s.Name, Packet: s.Kind == kindPacket, Port: s.Port, Local: s.Local})
+	}
+	return out
+}
+
+// named returns the names of the services that are of kind packet, or that are not.
+func named(services []config.Service, packet bool) []string {
+	var out []string
+	for _, s := range services {
+		if (s.Kind == kindPacket) == packet {
+			out = append(out, s.Name)
+		}
+	}
+	return out
+}
+
+func keyOf(id certs.Identity) catalog.Key {
+	return catalog.Key{Datacenter: id.Datacenter, Node: id.Node}
+}
+
+func (s *Sidecar) self() catalog.Key { return s.catalog.Load().Self }

@@ -1,0 +1,99 @@
+package sidecar
+
+import (
+	"context"
+	"net"
+
+	"go.uber.org/zap"
+
+	"culvert/alpn"
+	"culvert/capture"
+	"culvert/certs"
+	"culvert/internal/pipe"
+	"culvert/mux"
+	"culvert/packet"
+	"culvert/sniff"
+)
+
+// servePacket takes a packet connection of a verified peer and hands its
+// packets to the local server. Who the packets are from is what the
+// certificate says, never what is in them.
+func (s *Sidecar) servePacket(ctx context.Context, c *alpn.Conn) {
+	// A packet connection is not drained: its peer is told to stop at once and
+	// has a moment for what is under way.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-mux.Draining(ctx):
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	from, service := c.Peer(), c.Route().Service
+	deliver := func(payload []byte) error { return s.deliver(from, service, payload) }
+	s.warnUndeliverable(c)
+	if err := s.receiver.Serve(ctx, c, keyOf(from), deliver); err != nil {
+		s.log.Debug("packet connection ended", zap.Stringer("peer", from), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
+	}
+}
+
+// deliver hands one packet to the local server, from its sender's address.
+func (s *Sidecar) deliver(from certs.Identity, service string, payload []byte) error {
+	key := keyOf(from)
+	switch {
+	case from.Node == "":
+		return packet.ReasonNoNode
+	case key == s.self():
+		return packet.ReasonUnknownPeer // whoever it is, it is not us
+	}
+	err := s.capture.Deliver(key, service, payload)
+	if err == capture.ErrNoEndpoint { //nolint:errorlint // a sentinel that is never wrapped, on the hot path
+		return packet.ReasonUnknownPeer
+	}
+	return err
+}
+
+// warnUndeliverable says once for each source in a while that a peer's packets
+// have no source address here, and will be dropped.
+func (s *Sidecar) warnUndeliverable(c *alpn.Conn) {
+	from := c.Peer()
+	_, known := s.catalog.Load().Peer(keyOf(from))
+	if known && from.Node != "" {
+		return
+	}
+	wanted, reason := "a peer of the catalog", packet.ReasonUnknownPeer
+	if from.Node == "" {
+		wanted, reason = "a certificate that names a node", packet.ReasonNoNode
+	}
+	suppressed, ok := s.warned.Allow(from.String() + " " + string(reason))
+	if !ok {
+		return
+	}
+	s.log.Warn("peer's packets are dropped", zap.Stringer("remote", c.RemoteAddr()), zap.String("reason", string(reason)),
+		zap.String("wanted", wanted), zap.String("found", from.String()), zap.Int("suppressed", suppressed))
+}
+
+// serveStream takes a stream of a verified peer to the local server.
+func (s *Sidecar) serveStream(ctx context.Context, c *alpn.Conn) {
+	s.inbound.ServeConn(ctx, keyOf(c.Peer()), c.Route().Service, c)
+}
+
+// passthrough hands what is not TLS to another address as it is; nil without one.
+func (s *Sidecar) passthrough(address string) mux.Handler {
+	if address == "" {
+		return nil
+	}
+	return mux.HandlerFunc(func(ctx context.Context, c *sniff.Conn) {
+		dialer := net.Dialer{Timeout: passthroughDialTimeout}
+		to, err := dialer.DialContext(ctx, "tcp", address)
+		if err != nil {
+			s.log.Warn("passthrough", zap.String("address", address), zap.Error(err))
+			pipe.Abort(c)
+			return
+		}
+		stop := context.AfterFunc(ctx, func() { pipe.Abort(c); pipe.Abort(to) })
+		defer stop()
+		pipe.Join(c, to, pipe.Options{})
+	})
+}

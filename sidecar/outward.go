@@ -1,0 +1,101 @@
+package sidecar
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"culvert/alpn"
+	"culvert/catalog"
+	"culvert/certs"
+	"culvert/locator"
+	"culvert/packet"
+)
+
+const passthroughDialTimeout = 5 * time.Second
+
+// handler takes what the local server sends, as capture.Handler asks for it.
+type handler struct{ *Sidecar }
+
+// Packet queues a packet on the link to its peer.
+func (h handler) Packet(to catalog.Key, service string, payload []byte) {
+	if !h.links.send(to, service, payload) {
+		h.packets.DroppedOut(packet.ReasonNoRoute)
+	}
+}
+
+// Stream carries one connection to its peer.
+func (h handler) Stream(ctx context.Context, to catalog.Key, service string, c *net.TCPConn) {
+	h.outbound.Stream(ctx, to, service, c)
+}
+
+func (s *Sidecar) dialPacket(ctx context.Context, to catalog.Key, service string) (packet.Conn, error) {
+	c, err := s.dialPeer(ctx, to, service)
+	if err != nil {
+		return nil, err // not c: a nil *alpn.Conn is no nil packet.Conn
+	}
+	return c, nil
+}
+
+func (s *Sidecar) dialStream(ctx context.Context, to catalog.Key, service string) (net.Conn, error) {
+	c, err := s.dialPeer(ctx, to, service)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// dialPeer connects to a peer's sidecar by whatever path there is, and makes
+// sure that it is that peer's.
+func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, service string) (*alpn.Conn, error) {
+	raw, path, err := s.locator.Dial(ctx, to)
+	if err != nil {
+		return nil, err
+	}
+	name := certs.ServerName(to.Node, to.Datacenter, s.cfg.Load().Domain)
+	c, err := s.dialer.Dial(ctx, raw, name, service)
+	s.locator.Report(to, path, err)
+	if err != nil {
+		return nil, viaError{path, err}
+	}
+	s.verified.set(to, name, c)
+	return c, nil
+}
+
+// A viaError tells by which way a peer was not reached.
+type viaError struct {
+	path locator.Path
+	err  error
+}
+
+func (e viaError) Error() string {
+	if e.path.Gateway == "" {
+		return fmt.Sprintf("at %s: %v", e.path.Address, e.err)
+	}
+	return fmt.Sprintf("through gateway %s: %v", e.path.Gateway, e.err)
+}
+
+func (e viaError) Unwrap() error { return e.err }
+
+// verified is what was established last about each peer that was dialled.
+type verified struct{ peers sync.Map } // catalog.Key -> identity
+
+type identity struct {
+	name   string // the server name that its certificate was verified for
+	tls    string // the version
+	native bool   // it spoke Consul's protocol, not Culvert's
+}
+
+func (v *verified) set(to catalog.Key, name string, c *alpn.Conn) {
+	v.peers.Store(to, identity{name, c.Version(), c.Route().Native})
+}
+
+func (v *verified) get(of catalog.Key) identity {
+	id, _ := v.peers.Load(of)
+	known, _ := id.(identity) // absent is zero
+	return known
+}
+
+func (v *verified) forget(of catalog.Key) { v.peers.Delete(of) }

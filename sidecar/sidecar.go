@@ -1,0 +1,290 @@
+// Package sidecar is the composition root of one sidecar: it turns a
+// configuration into running parts and wires them to each other.
+//
+//	s, err := sidecar.New(cfg, sidecar.Options{Log: log, Registry: reg})
+//	if err != nil { ... }
+//	err = s.Run(ctx) // until ctx ends
+//
+// Inward, a connection goes mux -> alpn -> packet or stream -> the local
+// server. Outward, it goes capture -> packet or stream -> locator -> alpn. The
+// parts know each other only through interfaces that are wired here.
+//
+// New binds everything, so that what the host refuses is told before anything
+// runs. Run starts the parts and stops them in a fixed order: readiness off,
+// the listener closed, streams drained, endpoints and links closed, admin last.
+// Reload may be called from any goroutine while Run runs.
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"culvert/admin"
+	"culvert/alpn"
+	"culvert/capture"
+	"culvert/catalog"
+	"culvert/certs"
+	"culvert/config"
+	"culvert/internal/resolve"
+	"culvert/internal/sample"
+	"culvert/internal/sockopt"
+	"culvert/locator"
+	"culvert/mux"
+	"culvert/packet"
+	"culvert/stream"
+)
+
+// drainTimeout is how long open streams have to end when a sidecar stops.
+// memberlist suspects a member after several seconds of silence: a restart has
+// to be shorter.
+const drainTimeout = 5 * time.Second
+
+// Options are what a Sidecar needs of its process.
+type Options struct {
+	// Log receives what happens. Nil means no log.
+	Log *zap.Logger
+	// Registry takes the metrics and is served on the admin address. Nil means
+	// one of its own.
+	Registry *prometheus.Registry
+	// Version is shown in the status.
+	Version string
+	// Pprof serves profiles on the admin address.
+	Pprof bool
+}
+
+// A Sidecar carries one server's packets and streams to and from its peers.
+// Make one with [New].
+type Sidecar struct {
+	log     *zap.Logger
+	version string
+
+	reloading sync.Mutex // one Reload at a time
+	cfg       atomic.Pointer[config.Sidecar]
+	draining  atomic.Bool
+	listening atomic.Bool
+
+	certs   *certs.Source
+	catalog *catalog.Catalog
+	locator *locator.Locator
+	dialer  *alpn.Dialer
+
+	links    *links
+	receiver *packet.Receiver
+	packets  *packet.Metrics
+	warned   sample.Sampler
+	verified verified
+	outbound *stream.Outbound
+	inbound  *stream.Inbound
+	capture  *capture.Bind
+
+	mux   *mux.Server
+	admin *admin.Server
+}
+
+// New builds a sidecar and binds its addresses. The error tells every endpoint
+// that could not be bound. It is one straight line on purpose: this is where to
+// read how the parts fit together.
+func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	if o.Registry == nil {
+		o.Registry = prometheus.NewRegistry()
+	}
+	s := &Sidecar{log: o.Log.Named("sidecar"), version: o.Version}
+	s.cfg.Store(cfg)
+	defer func() {
+		if err != nil {
+			s.close()
+		}
+	}()
+
+	// Who we are, and who there is.
+	s.certs, err = certs.Load(certs.Options{
+		CAFile: cfg.TLS.CAFile, CertFile: cfg.TLS.CertFile, KeyFile: cfg.TLS.KeyFile, Domain: cfg.Domain,
+		Log: o.Log, Metrics: certs.NewMetrics(o.Registry),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("load certificates: %w", err)
+	}
+	s.catalog = catalog.New(snapshot(cfg))
+
+	// Outward: a path, then TLS to whom the name says.
+	table, err := alpn.NewTable(protocols(cfg.Services))
+	if err != nil {
+		return nil, fmt.Errorf("build the protocol table: %w", err)
+	}
+	s.locator, err = locator.New(s.catalog, locator.Options{
+		Resolver: resolve.New(resolve.Options{}), Control: sockopt.Control,
+		Log: o.Log, Metrics: locator.NewMetrics(o.Registry),
+	})
+	if err != nil {
+		return nil, err
+	}
+	tlsMetrics := alpn.NewMetrics(o.Registry)
+	s.dialer = alpn.NewDialer(table, s.certs, alpn.DialerOptions{Metrics: tlsMetrics})
+
+	// What is carried.
+	s.packets = packet.NewMetrics(o.Registry)
+	s.receiver = packet.NewReceiver(packet.ReceiverOptions{Log: o.Log, Metrics: s.packets})
+	s.links = newLinks(named(cfg.Services, true), s.dialPacket, packet.LinkOptions{Log: o.Log, Metrics: s.packets})
+	streams := stream.NewMetrics(o.Registry, named(cfg.Services, false)...)
+	s.outbound = stream.NewOutbound(s.dialStream, stream.OutboundOptions{Log: o.Log, Metrics: streams})
+
+	// The local server's side.
+	s.capture, err = capture.NewBind(s.catalog.Load().Peers, capture.BindOptions{
+		Self: s.self(), Server: cfg.Server.Address, Advertise: cfg.Server.Advertise, Hairpin: cfg.Server.Hairpin,
+		Services: endpoints(cfg.Services), Handler: handler{s},
+		WrongSource: func() { s.packets.DroppedOut(packet.ReasonWrongSource) },
+		Log:         o.Log, Metrics: capture.NewMetrics(o.Registry),
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.links.set(s.catalog.Load().Peers)
+	s.inbound = stream.NewInbound(s.capture.DialServer, stream.InboundOptions{Log: o.Log, Metrics: streams})
+
+	// Inward: what the far sidecars dial.
+	muxMetrics := mux.NewMetrics(o.Registry, alpn.Reasons()...)
+	terminator, err := alpn.NewServer(table, s.certs, alpn.ServerOptions{
+		Packet: alpn.HandlerFunc(s.servePacket), Stream: alpn.HandlerFunc(s.serveStream),
+		Refused: muxMetrics.Refused, Log: o.Log, Metrics: tlsMetrics,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("build the TLS server: %w", err)
+	}
+	ln, err := net.Listen("tcp", cfg.Listen.Address)
+	if err != nil {
+		return nil, listenError{err}
+	}
+	s.mux, err = mux.New(ln, mux.Options{
+		TLS: terminator, Plain: s.passthrough(cfg.Listen.Passthrough), DrainTimeout: drainTimeout,
+		Log: o.Log, Metrics: muxMetrics,
+	})
+	if err != nil {
+		_ = ln.Close()
+		return nil, err
+	}
+	s.admin, err = admin.New(admin.Options{
+		Address: cfg.Admin.Address, Gatherer: o.Registry, Ready: s.readiness, Status: func() any { return s.Status() },
+		Pprof: o.Pprof, Log: o.Log,
+	})
+	if err != nil {
+		return nil, listenError{err}
+	}
+	return s, nil
+}
+
+// A listenError is an address of the sidecar's own that could not be bound.
+type listenError struct{ err error }
+
+func (e listenError) Error() string { return e.err.Error() }
+func (e listenError) Unwrap() error { return e.err }
+func (e listenError) Hint() string {
+	return "listen.address (--listen) and admin.address (--admin) must be free addresses of this host; `ss -lntp` tells who has one"
+}
+
+// close gives up what New has bound so far.
+func (s *Sidecar) close() {
+	if s.capture != nil {
+		s.capture.Close()
+	}
+	if s.mux != nil {
+		_ = s.mux.Close()
+	}
+	if s.admin != nil {
+		_ = s.admin.Close()
+	}
+}
+
+// Addr is where the sidecar takes TLS connections.
+func (s *Sidecar) Addr() net.Addr { return s.mux.Addr() }
+
+// AdminAddr is where it answers admin requests.
+func (s *Sidecar) AdminAddr() net.Addr { return s.admin.Addr() }
+
+// Run serves until ctx ends, then drains and stops. It returns nil after a
+// clean stop, and the error of the first part that ended by itself otherwise.
+func (s *Sidecar) Run(ctx context.Context) error {
+	cfg := s.cfg.Load()
+	s.log.Info("sidecar started", zap.String("datacenter", cfg.Datacenter), zap.String("node", cfg.Node),
+		zap.String("version", s.version), zap.Stringer("listen", s.Addr()), zap.Stringer("admin", s.AdminAddr()),
+		zap.Int("peers", len(cfg.Peers)), zap.Strings("gateways", cfg.Gateways))
+
+	// Three circles: the front stops first, then what carries, then admin.
+	front, stopFront := context.WithCancel(ctx)
+	core, stopCore := context.WithCancel(context.WithoutCancel(ctx))
+	edge, stopEdge := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopFront()
+	defer stopCore()
+	defer stopEdge()
+
+	coreParts := newParts(stopFront)
+	coreParts.run("locator", func() error { return s.locator.Run(core) })
+	coreParts.run("links", func() error { return s.links.run(core) })
+	coreParts.run("capture", func() error { return s.capture.Run(core) })
+	var drained sync.WaitGroup
+	drained.Go(func() { s.drain(front) })
+	edgeParts := newParts(stopFront)
+	edgeParts.run("admin", func() error { return s.admin.Run(edge) })
+
+	s.listening.Store(true)
+	err := s.mux.Run(front)
+	stopFront() // if the listener ended by itself
+	drained.Wait()
+	stopCore()
+	err = errors.Join(err, coreParts.wait())
+	stopEdge()
+	err = errors.Join(err, edgeParts.wait())
+	s.log.Info("sidecar stopped", zap.Error(err))
+	return err
+}
+
+// drain waits for ctx and then for the streams of the local server, while the
+// mux does the same for those of the peers. The endpoints stay open meanwhile,
+// and packets go on: a restart must not look like a failure.
+func (s *Sidecar) drain(ctx context.Context) {
+	<-ctx.Done()
+	s.draining.Store(true)
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+	defer cancel()
+	if left := s.outbound.Drain(limit); left > 0 {
+		s.log.Info("streams of the server cut off at the end of the drain", zap.Int("streams", left))
+	}
+}
+
+// parts are goroutines that each run one part. If one fails, all is stopped.
+type parts struct {
+	wg     sync.WaitGroup
+	failed func()
+	mu     sync.Mutex
+	errs   []error
+}
+
+func newParts(failed func()) *parts { return &parts{failed: failed} }
+
+func (p *parts) run(name string, part func() error) {
+	p.wg.Go(func() {
+		if err := part(); err != nil {
+			p.mu.Lock()
+			p.errs = append(p.errs, fmt.Errorf("run %s: %w", name, err))
+			p.mu.Unlock()
+			p.failed()
+		}
+	})
+}
+
+func (p *parts) wait() error {
+	p.wg.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return errors.Join(p.errs...)
+}
