@@ -1,0 +1,53 @@
+package main
+
+import (
+	"context"
+
+	"github.com/spf13/cobra"
+
+	"culvert/config"
+	"culvert/gateway"
+)
+
+func gatewayCommand() *cobra.Command {
+	var f serveFlags
+	cmd := &cobra.Command{
+		Use:   "gateway --config FILE",
+		Short: "Run a gateway at the edge of a datacenter",
+		Long: `Run a gateway at the edge of a datacenter: read the server name of each TLS
+connection and pass its bytes on, to a sidecar of this datacenter or to the
+gateways of another. A gateway holds no key for what it carries.
+
+SIGHUP reads the configuration again: sidecars and datacenters change without a
+restart, and a file with faults changes nothing. SIGTERM and SIGINT stop: open
+streams have a few seconds to end. A second one ends the process at once.`,
+		Example: `  culvert gateway --config /etc/culvert/gateway.hcl`,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return runGateway(cmd.Context(), f) },
+	}
+	f.register(cmd)
+	return cmd
+}
+
+func runGateway(ctx context.Context, f serveFlags) error {
+	load := func() (*config.Gateway, error) { return config.LoadGateway(f.config, configOptions(f.over)) }
+	cfg, err := load()
+	if err != nil {
+		return err
+	}
+	log, err := newLogger(cfg.Log)
+	if err != nil {
+		return err
+	}
+	g, err := gateway.New(cfg, gateway.Options{Log: log, Registry: newRegistry(), Version: version, Pprof: f.pprof})
+	if err != nil {
+		return err
+	}
+	defer onHangup(log, func() error {
+		cfg, err := load()
+		if err != nil {
+			return err
+		}
+		return g.Reload(cfg)
+	})()
+	return g.Run(ctx)
+}

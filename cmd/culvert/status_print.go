@@ -1,0 +1,55 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	"culvert/gateway"
+	"culvert/sidecar"
+)
+
+func printSidecar(w io.Writer, s sidecar.Status) {
+	_, _ = fmt.Fprintf(w, "sidecar %s/%s, version %s, %s\n\n", s.Datacenter, s.Node, s.Version, readiness(s.Ready))
+	row(w, "PEER", "ADVERTISE", "STATE", "PATH", "GATEWAY", "PACKETS OUT", "IN", "BYTES OUT", "IN", "STREAMS", "DROPS", "LAST ERROR")
+	for _, p := range s.Peers {
+		row(w, p.Datacenter+"/"+p.Node, p.Advertise, p.State, p.Path, orDash(p.Gateway), p.PacketsSent, p.PacketsReceived,
+			p.BytesSent, p.BytesReceived, fmt.Sprintf("%d/%d", p.StreamsOpen, p.StreamsTotal), drops(p.Drops), orDash(p.LastError))
+	}
+	if len(s.Gateways) == 0 {
+		return
+	}
+	row(w)
+	row(w, "GATEWAY", "DATACENTER", "HEALTH", "LAST ERROR")
+	for _, g := range s.Gateways {
+		row(w, g.Address, g.Datacenter, health(g.Healthy), orDash(g.LastError))
+	}
+}
+
+func printGateway(w io.Writer, g gateway.Status) {
+	_, _ = fmt.Fprintf(w, "gateway %s/%s, version %s, %s\n\n", g.Datacenter, g.Node, g.Version, readiness(g.Ready))
+	row(w, "SIDECAR", "DOMAIN", "ADDRESS", "HEALTH", "OPEN", "LAST ERROR")
+	for _, s := range g.Sidecars {
+		row(w, s.Node, s.Domain, s.Address, health(s.Healthy), s.Open, orDash(s.LastError))
+	}
+	if len(g.Gateways) == 0 {
+		return
+	}
+	row(w)
+	row(w, "GATEWAY", "DATACENTER", "HEALTH", "LAST ERROR")
+	for _, o := range g.Gateways {
+		row(w, o.Address, o.Datacenter, health(o.Healthy), orDash(o.LastError))
+	}
+}
+
+func drops(d map[string]uint64) string {
+	var parts []string
+	for _, reason := range slices.Sorted(maps.Keys(d)) {
+		if d[reason] > 0 {
+			parts = append(parts, fmt.Sprintf("%s=%d", reason, d[reason]))
+		}
+	}
+	return orDash(strings.Join(parts, ","))
+}
