@@ -11,9 +11,13 @@
 // nothing is closed after FirstByteTimeout. What comes after the first byte is
 // its handler's business.
 //
-// When Run's context ends the listener is closed and [Draining] is closed for
-// every handler. Handlers have DrainTimeout to end by themselves; then their
-// contexts end and their connections are reset. Run waits for all of them.
+// When Run's context ends, or the listener does, the listener is closed and
+// [Draining] is closed for every handler. Connections that have sent nothing yet
+// are reset at once. Handlers have DrainTimeout to end by themselves; then their
+// connections are reset and their contexts end. Run waits for them, but no longer
+// than [AbortTimeout] after that.
+//
+// A [Server]'s methods may be called from any goroutine.
 package mux
 
 import (
@@ -46,15 +50,19 @@ const (
 )
 
 const (
-	acceptBackoffMin = 5 * time.Millisecond
-	acceptBackoffMax = time.Second
+	minBackoff = 5 * time.Millisecond
+	maxBackoff = time.Second
+	// AbortTimeout is how long handlers have to return when their connections
+	// have been cut off.
+	AbortTimeout = 5 * time.Second
 	// tlsHandshake is the first byte of TLS: a record of type handshake
 	// (RFC 8446 section 5.1).
 	tlsHandshake = 0x16
 )
 
-// A Handler serves one connection. It owns c, closes it, and returns soon after
-// ctx has ended.
+// A Handler serves one connection. It owns c, closes it, returns when it is done
+// with it (its place among MaxConns is free then), and returns soon after ctx has
+// ended.
 type Handler interface {
 	ServeConn(ctx context.Context, c *sniff.Conn)
 }
@@ -128,7 +136,8 @@ type Server struct {
 	o     Options
 	log   *zap.Logger
 	slots chan struct{}
-	conns *connset.Set
+	fresh *connset.Set // have sent nothing yet
+	conns *connset.Set // are with a handler
 	ran   atomic.Bool
 	wg    sync.WaitGroup
 	warn  sample.Sampler
@@ -145,8 +154,8 @@ func New(ln net.Listener, o Options) (*Server, error) {
 		return nil, err
 	}
 	return &Server{
-		ln: ln, o: o, log: o.Log.Named("mux"), slots: make(chan struct{}, o.MaxConns), conns: connset.New(),
-		sources: make(map[netip.Prefix]int),
+		ln: ln, o: o, log: o.Log.Named("mux"), slots: make(chan struct{}, o.MaxConns),
+		fresh: connset.New(), conns: connset.New(), sources: make(map[netip.Prefix]int),
 	}, nil
 }
 
@@ -167,35 +176,51 @@ func Draining(ctx context.Context) <-chan struct{} {
 }
 
 // Run accepts until ctx ends, then drains. It returns nil after such a stop, and
-// the listener's error if that ended by itself. It runs once.
+// the listener's error if that ended by itself. Handlers that do not return are an
+// error too: their goroutines are left behind. It runs once.
 func (s *Server) Run(ctx context.Context) error {
 	if s.ran.Swap(true) {
 		return errors.New("mux: run twice")
 	}
-	handlers, cut := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), drainingKey{}, ctx.Done()))
+	front, stop := context.WithCancel(ctx)
+	defer stop()
+	handlers, cut := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), drainingKey{}, front.Done()))
 	defer cut()
-	stop := context.AfterFunc(ctx, func() { _ = s.ln.Close() })
-	err := s.accept(ctx, handlers)
+	context.AfterFunc(front, func() { _ = s.ln.Close() })
+	err := s.accept(front, handlers)
 	stop()
 	_ = s.ln.Close()
+	if ctx.Err() != nil {
+		err = nil
+	}
+	s.fresh.Drain(front) // it has ended: none is waited for
+	return errors.Join(err, s.drain(handlers, cut))
+}
 
-	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.o.DrainTimeout)
+// drain gives handlers their time and then cuts them off. The connections go
+// before the contexts: a handler that closes its own at the end of its context
+// would let a stream that was cut look complete to the peer. Handlers see
+// [net.ErrClosed] and know that it was not the peer.
+func (s *Server) drain(ctx context.Context, cut context.CancelFunc) error {
+	end, cancel := context.WithTimeout(ctx, s.o.DrainTimeout)
 	defer cancel()
-	left := s.conns.Drain(drain)
+	left := s.conns.Drain(end)
 	cut()
-	s.wg.Wait()
 	if left > 0 {
 		s.log.Info("connections cut off at the end of the drain", zap.Int("connections", left))
 	}
-	if ctx.Err() != nil {
-		return nil
+	limit, cancelLimit := context.WithTimeout(context.WithoutCancel(ctx), AbortTimeout)
+	defer cancelLimit()
+	if stuck := s.conns.Drain(limit); stuck > 0 {
+		return fmt.Errorf("mux: %d handlers have not returned %v after their connections were cut off", stuck, AbortTimeout)
 	}
-	return err
+	s.wg.Wait()
+	return nil
 }
 
 // accept hands connections on until the listener is closed.
 func (s *Server) accept(ctx, handlers context.Context) error {
-	backoff := acceptBackoffMin
+	backoff := minBackoff
 	for {
 		if !s.reserve(ctx) {
 			return nil
@@ -213,10 +238,10 @@ func (s *Server) accept(ctx, handlers context.Context) error {
 			if !wait(ctx, backoff) {
 				return nil
 			}
-			backoff = min(2*backoff, acceptBackoffMax)
+			backoff = min(2*backoff, maxBackoff)
 			continue
 		}
-		backoff = acceptBackoffMin
+		backoff = minBackoff
 		s.wg.Go(func() { s.serve(handlers, c) })
 	}
 }
@@ -248,16 +273,21 @@ func (s *Server) serve(ctx context.Context, raw net.Conn) {
 		return
 	}
 	defer s.leave(source)
+	s.o.Metrics.open.Inc()
+	defer s.o.Metrics.open.Dec()
+	c := sniff.NewConn(raw)
+	first, ok := s.firstByte(c, raw)
+	if !ok {
+		return
+	}
 	remove, ok := s.conns.Add(raw)
-	if !ok { // accepted while the drain began
+	if !ok { // the drain has begun
 		pipe.Abort(raw)
 		return
 	}
 	defer remove()
-	s.o.Metrics.open.Inc()
-	defer s.o.Metrics.open.Dec()
 	defer s.recovered(raw)
-	s.dispatch(ctx, raw)
+	s.dispatch(ctx, c, raw, first)
 }
 
 // recovered keeps one connection's panic from the others, as net/http does: the
@@ -270,25 +300,35 @@ func (s *Server) recovered(raw net.Conn) {
 	}
 }
 
-func (s *Server) dispatch(ctx context.Context, raw net.Conn) {
-	c := sniff.NewConn(raw)
-	if err := raw.SetReadDeadline(time.Now().Add(s.o.FirstByteTimeout)); err != nil {
-		s.refuse(raw, reasonClosedEarly, err)
-		return
+// firstByte waits for the first byte. Where it returns false, raw is closed.
+func (s *Server) firstByte(c *sniff.Conn, raw net.Conn) (first byte, ok bool) {
+	remove, ok := s.fresh.Add(raw)
+	if !ok { // accepted while the drain began
+		pipe.Abort(raw)
+		return 0, false
 	}
-	first, err := c.FirstByte()
+	defer remove()
+	err := raw.SetReadDeadline(time.Now().Add(s.o.FirstByteTimeout))
+	if err == nil {
+		first, err = c.FirstByte()
+	}
+	if err == nil {
+		err = raw.SetReadDeadline(time.Time{})
+	}
 	switch {
+	case err == nil:
+		return first, true
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		s.refuse(raw, reasonFirstByteTimeout, err)
-		return
-	case err != nil:
+	case errors.Is(err, net.ErrClosed): // by the drain, and no fault of the peer's
+		_ = raw.Close()
+	default:
 		s.refuse(raw, reasonClosedEarly, err)
-		return
 	}
-	if err := raw.SetReadDeadline(time.Time{}); err != nil {
-		s.refuse(raw, reasonClosedEarly, err)
-		return
-	}
+	return 0, false
+}
+
+func (s *Server) dispatch(ctx context.Context, c *sniff.Conn, raw net.Conn, first byte) {
 	switch {
 	case first == tlsHandshake:
 		s.o.Metrics.tls.Inc()

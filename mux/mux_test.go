@@ -85,21 +85,31 @@ func dial(t *testing.T, addr string) *net.TCPConn {
 	}
 	t.Cleanup(func() { _ = c.Close() })
 	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
-	return c.(*net.TCPConn)
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		t.Fatalf("dialled a %T", c)
+	}
+	return tcp
 }
 
-// awaitRefused waits until a reason has been counted n times.
-func awaitRefused(t *testing.T, m *Metrics, reason string, n float64) {
+// await waits until ok, for up to 5 s.
+func await(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for range 5000 {
-		if testutil.ToFloat64(m.refused.WithLabelValues(reason)) == n {
+		if ok() {
 			return
 		}
 		<-tick.C
 	}
-	t.Errorf("refused for %s: %v, want %v", reason, testutil.ToFloat64(m.refused.WithLabelValues(reason)), n)
+	t.Errorf("waited in vain for %s", what)
+}
+
+// awaitRefused waits until one connection was refused for a reason.
+func awaitRefused(t *testing.T, m *Metrics, reason string) {
+	t.Helper()
+	await(t, "one count of "+reason, func() bool { return testutil.ToFloat64(m.refused.WithLabelValues(reason)) == 1 })
 }
 
 func TestFirstByteDecides(t *testing.T) {
@@ -125,17 +135,17 @@ func TestRefusals(t *testing.T) {
 	if got, _ := io.ReadAll(c); len(got) > 0 {
 		t.Errorf("plain HTTP was answered %q", got)
 	}
-	awaitRefused(t, r.m, reasonNotTLS, 1)
+	awaitRefused(t, r.m, reasonNotTLS)
 
 	_ = dial(t, r.addr).Close() // a port scanner
-	awaitRefused(t, r.m, reasonClosedEarly, 1)
+	awaitRefused(t, r.m, reasonClosedEarly)
 
 	if got, err := io.ReadAll(dial(t, r.addr)); err != nil || len(got) > 0 {
 		t.Errorf("silence was answered %q, %v", got, err)
 	}
-	awaitRefused(t, r.m, reasonFirstByteTimeout, 1)
-	awaitRefused(t, r.m, reasonNotTLS, 1)
-	awaitRefused(t, r.m, reasonClosedEarly, 1)
+	awaitRefused(t, r.m, reasonFirstByteTimeout)
+	awaitRefused(t, r.m, reasonNotTLS)
+	awaitRefused(t, r.m, reasonClosedEarly)
 }
 
 // held is a handler whose connections stay until they are released or cut.
@@ -179,13 +189,18 @@ func TestLimitPerSource(t *testing.T) {
 	if _, err := c.Read(make([]byte, 1)); err == nil {
 		t.Error("a third connection of one source was served")
 	}
-	awaitRefused(t, r.m, reasonLimitSource, 1)
+	awaitRefused(t, r.m, reasonLimitSource)
 	close(h.release)
-	// Places are given back.
+	// Places are given back, though not before the handlers have returned.
 	for range 5 {
+		await(t, "the places to be free", func() bool {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			return len(r.sources) == 0
+		})
 		open(t, r, h)
 	}
-	awaitRefused(t, r.m, reasonLimitSource, 1)
+	awaitRefused(t, r.m, reasonLimitSource)
 }
 
 // When all places are taken the next connection waits in the kernel, and is

@@ -167,6 +167,9 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	}
 	s.mux, err = mux.New(ln, mux.Options{
 		TLS: terminator, Plain: s.passthrough(cfg.Listen.Passthrough), DrainTimeout: drainTimeout,
+		// All peers of other datacenters come from the gateways' addresses: a
+		// limit for one of these would be a limit for all of them together.
+		MaxConnsPerSource: mux.DefaultMaxConns,
 		Log: o.Log, Metrics: muxMetrics,
 	})
 	if err != nil {

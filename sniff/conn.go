@@ -15,16 +15,24 @@ const firstRead = 2 << 10
 type Conn struct {
 	net.Conn
 	buf    []byte // looked at and not read
+	begun  bool   // something has been read: buf is not the beginning any more
 	reader reader
 	hello  *Hello // once complete
 }
+
+// errBegun is a mistake of the caller's.
+var errBegun = errors.New("look at a connection that has been read from")
 
 // NewConn wraps a connection from which nothing has been read. The Conn owns c.
 func NewConn(c net.Conn) *Conn { return &Conn{Conn: c} }
 
 // FirstByte waits for the first byte and returns it. The error is the
-// connection's, [io.EOF] if it ended without one.
+// connection's, [io.EOF] if it ended without one. There is no looking back after
+// Read: that is an error, as it is for [Conn.Hello].
 func (c *Conn) FirstByte() (byte, error) {
+	if c.begun {
+		return 0, errBegun
+	}
 	if len(c.buf) == 0 {
 		if err := c.peekMore(); err != nil {
 			return 0, err
@@ -39,6 +47,9 @@ func (c *Conn) FirstByte() (byte, error) {
 func (c *Conn) Hello() (Hello, error) {
 	if c.hello != nil {
 		return *c.hello, nil
+	}
+	if c.begun {
+		return Hello{}, errBegun
 	}
 	for {
 		if err := c.reader.advance(c.buf); err != nil {
@@ -64,7 +75,7 @@ func (c *Conn) Hello() (Hello, error) {
 }
 
 // peekMore reads once. The buffer grows by what has come, never by what a
-// length in it claims.
+// length in it claims. The reader has its verdict before MaxPeek bytes are there.
 func (c *Conn) peekMore() error {
 	if len(c.buf) == cap(c.buf) {
 		grown := make([]byte, len(c.buf), min(max(2*cap(c.buf), firstRead), MaxPeek))
@@ -96,6 +107,7 @@ func (c *Conn) Detach() (net.Conn, []byte) {
 
 // Read gives what was looked at, and then reads on.
 func (c *Conn) Read(p []byte) (int, error) {
+	c.begun = true
 	if len(c.buf) == 0 {
 		return c.Conn.Read(p)
 	}
@@ -112,7 +124,7 @@ func (c *Conn) CloseWrite() error {
 	if h, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return h.CloseWrite()
 	}
-	return c.Conn.Close()
+	return c.Close()
 }
 
 // Abort closes the connection so that its peer sees a reset, where it can.
@@ -124,5 +136,5 @@ func (c *Conn) Abort() {
 	case interface{ SetLinger(sec int) error }:
 		_ = raw.SetLinger(0) // fails on a closed connection alone
 	}
-	_ = c.Conn.Close()
+	_ = c.Close()
 }

@@ -12,17 +12,18 @@
 // What is read comes from strangers. A hello may be cut across TCP segments and
 // across TLS records, as post-quantum ones always are, and memory stays within
 // [MaxPeek] whatever lengths are claimed. The parser accepts what crypto/tls
-// accepts and reads the same from it; a fuzz test holds the two side by side.
+// accepts and reads the same from it, but for server names that are none; a fuzz
+// test holds the two side by side.
 //
 // The package sets no deadlines: its callers do. A [Conn] is for one goroutine.
 package sniff
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
 const (
@@ -31,7 +32,7 @@ const (
 	MaxHello = 64 << 10
 	// MaxPeek is how many bytes of a connection are kept at most while its
 	// hello is read. A record adds five bytes to what it carries: this is
-	// enough for a hello of MaxHello in records of five bytes or more, and for
+	// enough for a hello of MaxHello in records of six bytes or more, and for
 	// one of 20 KiB in records of one byte.
 	MaxPeek = 128 << 10
 )
@@ -63,7 +64,10 @@ func (e *TooLargeError) Error() string {
 
 // A Hello is what a ClientHello says to whom it may concern on the way.
 type Hello struct {
-	ServerName string   // as sent (RFC 6066 section 3); "" where there is none
+	// ServerName is as sent (RFC 6066 section 3); "" where there is none. It
+	// is printable ASCII of at most 253 bytes without a dot at its end, and
+	// no more than that is known of it.
+	ServerName string
 	Protocols  []string // in the client's order (RFC 7301 section 3.1)
 	Random     [32]byte
 }
@@ -102,12 +106,15 @@ func (r *reader) message() []byte { return r.pending[messageHeader:r.size] }
 // is told as soon as it can be seen.
 func (r *reader) advance(b []byte) error {
 	for !r.complete() {
+		if err := r.room(1); err != nil {
+			return err
+		}
 		rest := b[r.next:]
 		if len(rest) > 0 && rest[0] != typeHandshake {
 			return r.foreign()
 		}
 		if len(rest) < recordHeader {
-			return r.tooMuch(b)
+			return nil
 		}
 		if rest[1] >= 0x10 { // as crypto/tls: a version that never was
 			return r.foreign()
@@ -115,6 +122,9 @@ func (r *reader) advance(b []byte) error {
 		n := int(binary.BigEndian.Uint16(rest[3:]))
 		if n == 0 || n > maxRecordPayload {
 			return fmt.Errorf("%w: record of %d bytes", ErrMalformed, n)
+		}
+		if err := r.room(n); err != nil {
+			return err
 		}
 		payload := rest[recordHeader:]
 		whole := len(payload) >= n
@@ -125,7 +135,7 @@ func (r *reader) advance(b []byte) error {
 			return err
 		}
 		if !whole {
-			return r.tooMuch(b)
+			return nil
 		}
 		r.take(payload)
 	}
@@ -135,7 +145,7 @@ func (r *reader) advance(b []byte) error {
 // take adds a record's payload. A message in one record is not copied.
 func (r *reader) take(payload []byte) {
 	if r.pending == nil {
-		r.pending = payload[:len(payload):len(payload)]
+		r.pending = slices.Clip(payload)
 	} else {
 		r.pending = append(r.pending, payload...)
 	}
@@ -172,10 +182,12 @@ func (r *reader) foreign() error {
 	return fmt.Errorf("%w: another record within", ErrMalformed)
 }
 
-// tooMuch bounds what is kept of a hello that is not complete.
-func (r *reader) tooMuch(b []byte) error {
-	if len(b) >= MaxPeek {
-		return &TooLargeError{Size: len(b), Limit: MaxPeek}
+// room refuses a next record of n bytes that would end beyond MaxPeek. It goes
+// by where the record is and not by how much has come, so that how a hello is
+// cut into segments changes nothing.
+func (r *reader) room(n int) error {
+	if end := r.next + recordHeader + n; end > MaxPeek {
+		return &TooLargeError{Size: end, Limit: MaxPeek}
 	}
 	return nil
 }
@@ -258,12 +270,27 @@ func (h *Hello) readServerName(s cursor) bool {
 		if kind[0] != hostName {
 			continue
 		}
-		if h.ServerName != "" || bytes.HasSuffix(name, []byte(".")) {
+		if h.ServerName != "" || !isName(name) {
 			return false
 		}
 		h.ServerName = string(name)
 	}
 	return true
+}
+
+// maxName is the length of the longest name in DNS as text (RFC 1035 section
+// 2.3.4).
+const maxName = 253
+
+// isName is stricter than crypto/tls, which only wants no dot at the end: names
+// are compared and logged before anyone has authenticated.
+func isName(b []byte) bool {
+	for _, c := range b {
+		if c <= ' ' || c > '~' {
+			return false
+		}
+	}
+	return len(b) <= maxName && b[len(b)-1] != '.'
 }
 
 func (h *Hello) readProtocols(s cursor) bool {

@@ -4,8 +4,14 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"os"
 	"slices"
+	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
+
+	"culvert/internal/memnet"
 )
 
 func TestRealHellos(t *testing.T) {
@@ -123,7 +129,7 @@ func hostile() map[string]hostileHello {
 		"a message of 16 MiB":       {&endless{prefix: []byte{22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff}, repeat: []byte{0}}, firstRead},
 		"a message of 64 KiB and 1": {&endless{prefix: []byte{22, 3, 1, 0x40, 0, 1, 1, 0, 1}, repeat: []byte{0}}, firstRead},
 		"records of one byte":       {&endless{prefix: []byte{22, 3, 1, 0, 4, 1, 1, 0, 0}, repeat: []byte{22, 3, 1, 0, 1, 0}}, MaxPeek},
-		"a record of 64 KiB":        {&endless{prefix: []byte{22, 3, 1, 0xff, 0xff}, repeat: []byte{0}}, firstRead},
+		"a record of 64 KiB":        {&endless{prefix: []byte{22, 3, 1, 0xff, 0xff, 1, 0, 1, 0}, repeat: []byte{0}}, firstRead},
 		"records without a byte":    {&endless{prefix: nil, repeat: []byte{22, 3, 1, 0, 0}}, firstRead},
 	}
 }
@@ -154,21 +160,122 @@ func TestHostileHellosAreBounded(t *testing.T) {
 }
 
 func TestLargestHello(t *testing.T) {
-	body := make([]byte, MaxHello)
-	body[0], body[1] = 3, 3
-	// Session, one suite, one compression, and one unknown extension fills up.
-	at := 34
-	body[at] = 0
-	copy(body[at+1:], []byte{0, 2, 0x13, 1, 1, 0})
-	at += 7
-	fill := len(body) - at - 2
-	copy(body[at:], []byte{byte(fill >> 8), byte(fill), 0xfa, 0xfa, byte((fill - 4) >> 8), byte(fill - 4)})
-	m := append([]byte{1, 1, 0, 0}, body...)
+	m := largestHello()
+	if len(m) != messageHeader+MaxHello {
+		t.Fatalf("the message has %d bytes", len(m))
+	}
 	for _, size := range []int{1 << 14, 6} {
 		if _, _, err := ParseHello(records(m, size)); err != nil {
 			t.Errorf("a hello of %d bytes in records of %d: %v", MaxHello, size, err)
 		}
 	}
+	// In smaller records it is too much, given at once or byte by byte.
+	for _, size := range []int{5, 1} {
+		cut := records(m, size)
+		_, _, whole := ParseHello(cut)
+		_, bySegment := NewConn(&feeder{data: cut, n: 1, end: io.EOF}).Hello()
+		for _, err := range []error{whole, bySegment} {
+			if large := new(TooLargeError); !errors.As(err, &large) || large.Limit != MaxPeek {
+				t.Errorf("a hello of %d bytes in records of %d: %v", MaxHello, size, err)
+			}
+		}
+	}
+}
+
+func TestExtensions(t *testing.T) {
+	name := extension(extServerName, list(hostName("bob.consul")...)...)
+	protocol := extension(extALPN, list(2, 'h', '2')...)
+	for what, c := range map[string]struct {
+		extensions []byte
+		want       *Hello // nil: malformed
+	}{
+		"none":                     {nil, &Hello{}},
+		"both":                     {slices.Concat(name, protocol), &Hello{ServerName: "bob.consul", Protocols: []string{"h2"}}},
+		"upper case is kept":       {extension(extServerName, list(hostName("Bob.Consul")...)...), &Hello{ServerName: "Bob.Consul"}},
+		"a name of another type":   {extension(extServerName, list(append([]byte{7, 0, 1, 0}, hostName("bob")...)...)...), &Hello{ServerName: "bob"}},
+		"a name twice":             {slices.Concat(name, name), nil},
+		"an unknown one twice":     {slices.Concat(extension(99), extension(99)), nil},
+		"two names":                {extension(extServerName, list(slices.Concat(hostName("bob"), hostName("eve"))...)...), nil},
+		"no name":                  {extension(extServerName, list()...), nil},
+		"an empty name":            {extension(extServerName, list(hostName("")...)...), nil},
+		"bytes after the names":    {extension(extServerName, append(list(hostName("bob")...), 0)...), nil},
+		"no protocol":              {extension(extALPN, list()...), nil},
+		"an empty protocol":        {extension(extALPN, list(2, 'h', '2', 0)...), nil},
+		"a protocol cut short":     {extension(extALPN, list(3, 'h', '2')...), nil},
+		"bytes after protocols":    {extension(extALPN, append(list(2, 'h', '2'), 0)...), nil},
+		"an extension cut short":   {[]byte{0, 99, 0, 1}, nil},
+		"half an extension's type": {[]byte{0}, nil},
+	} {
+		h, _, err := ParseHello(helloWith(c.extensions))
+		switch {
+		case c.want == nil:
+			if !errors.Is(err, ErrMalformed) {
+				t.Errorf("%s: %v, want ErrMalformed", what, err)
+			}
+		case err != nil || h.ServerName != c.want.ServerName || !slices.Equal(h.Protocols, c.want.Protocols):
+			t.Errorf("%s: %+v, %v", what, h, err)
+		}
+	}
+	for _, bad := range badNames() {
+		if _, _, err := ParseHello(named(bad)); !errors.Is(err, ErrMalformed) {
+			t.Errorf("server name %q: %v, want ErrMalformed", bad, err)
+		}
+	}
+	longest := strings.Repeat("a", 253)
+	if h, _, err := ParseHello(named(longest)); err != nil || h.ServerName != longest {
+		t.Errorf("a server name of 253 bytes: %v", err)
+	}
+}
+
+// A hello was looked for, given up and read instead: nothing is left to look at.
+func TestLookAfterRead(t *testing.T) {
+	b := records(message(t, hellos(t)[0]), 100)
+	f := &feeder{data: b[:300], n: 300, end: errStop}
+	c := NewConn(f)
+	if _, err := c.Hello(); !errors.Is(err, errStop) {
+		t.Fatalf("a failed read: %v", err)
+	}
+	if n, err := c.Read(make([]byte, 400)); n != 300 || err != nil {
+		t.Fatalf("read %d bytes, %v", n, err)
+	}
+	f.data = b[300:]
+	if _, err := c.Hello(); !errors.Is(err, errBegun) {
+		t.Errorf("Hello after Read: %v", err)
+	}
+	if _, err := c.FirstByte(); !errors.Is(err, errBegun) {
+		t.Errorf("FirstByte after Read: %v", err)
+	}
+}
+
+// A hello that drips, a byte a second, does not outlast the deadline, and
+// nothing of it is lost.
+func TestSlowHello(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := hellos(t)[0]
+		client, server := memnet.Pipe()
+		dripped := make(chan struct{})
+		go func() {
+			defer close(dripped)
+			for i := range b {
+				if _, err := client.Write(b[i : i+1]); err != nil {
+					return
+				}
+				<-time.After(time.Second)
+			}
+		}()
+		c := NewConn(server)
+		began := time.Now()
+		_ = c.SetReadDeadline(began.Add(10*time.Second + time.Millisecond))
+		if _, err := c.Hello(); !errors.Is(err, os.ErrDeadlineExceeded) || len(c.Buffered()) != 11 {
+			t.Errorf("after %v: %v with %d bytes, want the deadline with 11", time.Since(began), err, len(c.Buffered()))
+		}
+		_ = c.SetReadDeadline(time.Time{})
+		if h, err := c.Hello(); err != nil || h.ServerName != "bob.server.dc2.consul" {
+			t.Errorf("without a deadline: %v, %q", err, h.ServerName)
+		}
+		_ = c.Close()
+		<-dripped
+	})
 }
 
 func TestDetach(t *testing.T) {

@@ -134,3 +134,49 @@ func (*feederConn) Write(b []byte) (int, error)      { return len(b), nil }
 func (*feederConn) Close() error                     { return nil }
 func (*feederConn) SetWriteDeadline(time.Time) error { return nil }
 func (*feederConn) RemoteAddr() net.Addr             { return &net.TCPAddr{} }
+
+// helloWith is a hello that has these extensions alone, in one record.
+func helloWith(extensions []byte) []byte {
+	body := append(make([]byte, 0, 64+len(extensions)), 3, 3)
+	body = append(body, make([]byte, 32)...)
+	body = append(body, 0, 0, 2, 0x13, 1, 1, 0, byte(len(extensions)>>8), byte(len(extensions)))
+	body = append(body, extensions...)
+	m := append([]byte{1, byte(len(body) >> 16), byte(len(body) >> 8), byte(len(body))}, body...)
+	return records(m, 1<<14)
+}
+
+// extension is one extension: its data behind its type and length.
+func extension(kind byte, data ...byte) []byte {
+	return append([]byte{0, kind, byte(len(data) >> 8), byte(len(data))}, data...)
+}
+
+// list is data behind its length.
+func list(data ...byte) []byte { return append([]byte{byte(len(data) >> 8), byte(len(data))}, data...) }
+
+// hostName is one name of a server name list.
+func hostName(name string) []byte { return append([]byte{0}, list([]byte(name)...)...) }
+
+// named is a hello for a server name, whatever that is.
+func named(name string) []byte { return helloWith(extension(0, list(hostName(name)...)...)) }
+
+// badNames are names that no server has.
+func badNames() []string {
+	return []string{
+		"bob.consul.", ".", "bob\x00.consul", "bob consul", "bob\n.consul", "b\xc3\xb6b.consul", "bob\x7f",
+		strings.Repeat("a", 254),
+	}
+}
+
+// largestHello is a message of MaxHello bytes behind its header: one unknown
+// extension fills it.
+func largestHello() []byte {
+	fill := MaxHello - 43 - 4
+	b := helloWith(append([]byte{0xfa, 0xfa, byte(fill >> 8), byte(fill)}, make([]byte, fill)...))
+	var m []byte
+	for len(b) > 0 {
+		n := recordHeader + int(b[3])<<8 + int(b[4])
+		m = append(m, b[recordHeader:n]...)
+		b = b[n:]
+	}
+	return m
+}

@@ -2,12 +2,16 @@ package connset
 
 import (
 	"context"
+	"errors"
 	"net"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
+
+	"culvert/internal/memnet"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -47,7 +51,7 @@ func TestDrainWaitsForTheLast(t *testing.T) {
 func TestDrainAbortsWhatIsLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New()
-		a, b := net.Pipe()
+		a, b := memnet.Pipe()
 		remove, _ := s.Add(a)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -58,10 +62,19 @@ func TestDrainAbortsWhatIsLeft(t *testing.T) {
 		if took := time.Since(began); took != time.Second {
 			t.Errorf("Drain took %v, want its whole second", took)
 		}
-		if _, err := b.Read(make([]byte, 1)); err == nil {
-			t.Error("the connection is still open")
+		if _, err := b.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the peer reads %v, want a reset", err)
+		}
+		// What was aborted is there until its owner has done with it.
+		ctx, cancel = context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if n := s.Drain(ctx); n != 1 {
+			t.Errorf("Drain before the removal = %d, want 1", n)
 		}
 		remove()
+		if n := s.Drain(t.Context()); n != 0 || s.Len() != 0 {
+			t.Errorf("Drain after the removal = %d with %d left, want 0", n, s.Len())
+		}
 	})
 }
 
