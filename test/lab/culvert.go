@@ -1,0 +1,154 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"culvert/sidecar"
+	"culvert/test/scrape"
+)
+
+const (
+	startTimeout = 20 * time.Second
+	adminAddr    = "127.0.0.1:7440"
+)
+
+// A Daemon is a sidecar or a gateway on a host.
+type Daemon struct {
+	*Process
+	host  *Host
+	admin string
+}
+
+// StartCulvert starts `culvert sidecar` or `culvert gateway` with a
+// configuration and waits until it is ready. The configuration is kept in
+// CULVERT_E2E_CONFIGS, where that is set, for the test of what is used.
+func (h *Host) StartCulvert(kind, config string, flags ...string) *Daemon {
+	h.t.Helper()
+	d := h.startCulvert(kind, config, adminAddr, flags...)
+	d.AwaitReady()
+	return d
+}
+
+func (h *Host) startCulvert(kind, config, admin string, flags ...string) *Daemon {
+	h.t.Helper()
+	program := Culvert(h.t)
+	file := h.WriteFile(kind+".hcl", config)
+	keepConfig(h.t, kind, config)
+	return &Daemon{
+		Process: h.Start("culvert-"+kind, program, append([]string{kind, "--config", file}, flags...)...),
+		host:    h, admin: admin,
+	}
+}
+
+// Configs is where the configurations of all end-to-end tests of this run are
+// kept.
+//
+//nolint:gochecknoglobals // one folder for the test binary
+var Configs string
+
+// keepConfig keeps a configuration that a test has run.
+func keepConfig(t testing.TB, kind, config string) {
+	t.Helper()
+	if Configs == "" {
+		return
+	}
+	f, err := os.CreateTemp(Configs, kind+"-*.hcl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString(config); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// AwaitReady waits until the daemon says that it is ready.
+func (d *Daemon) AwaitReady() {
+	d.host.t.Helper()
+	Eventually(d.host.t, startTimeout, func() error {
+		if d.Ended() {
+			return fmt.Errorf("%s has ended:\n%s", d.Name, d.Tail(2000))
+		}
+		code, body, err := d.Get("/readyz")
+		if err == nil && code != http.StatusOK {
+			err = fmt.Errorf("%s is not ready: %s", d.Name, body)
+		}
+		return err
+	})
+}
+
+// Get asks the admin address.
+func (d *Daemon) Get(path string) (int, []byte, error) {
+	return scrape.Get(context.Background(), d.host.HTTP(), d.admin, path)
+}
+
+// Metrics reads the daemon's metrics.
+func (d *Daemon) Metrics() scrape.Samples {
+	d.host.t.Helper()
+	m, err := scrape.Metrics(context.Background(), d.host.HTTP(), d.admin)
+	if err != nil {
+		d.host.t.Fatal(err)
+	}
+	return m
+}
+
+// Status reads a sidecar's status.
+func (d *Daemon) Status() sidecar.Status {
+	d.host.t.Helper()
+	var s sidecar.Status
+	if err := scrape.Status(context.Background(), d.host.HTTP(), d.admin, &s); err != nil {
+		d.host.t.Fatal(err)
+	}
+	return s
+}
+
+// A PKI is a CA made by culvert's own commands, in a folder of its own.
+type PKI struct {
+	t   testing.TB
+	dir string
+}
+
+// NewPKI creates a CA.
+func NewPKI(t testing.TB, domain string) *PKI {
+	t.Helper()
+	p := &PKI{t, t.TempDir()}
+	p.run("tls", "ca", "create", "--domain", domain)
+	return p
+}
+
+func (p *PKI) run(args ...string) {
+	p.t.Helper()
+	c := exec.Command(Culvert(p.t), args...)
+	c.Dir = p.dir
+	if out, err := c.CombinedOutput(); err != nil {
+		p.t.Fatalf("culvert %v: %v: %s", args, err, out)
+	}
+}
+
+// Server creates a server's certificate and returns the tls block that uses it.
+func (p *PKI) Server(dc, node, domain string) string {
+	p.t.Helper()
+	p.run("tls", "cert", "create", "--server", "--dc", dc, "--node", node, "--domain", domain)
+	name := filepath.Join(p.dir, fmt.Sprintf("%s-server-%s-%s", dc, domain, node))
+	return TLSBlock(filepath.Join(p.dir, domain+"-ca.pem"), name+".pem", name+"-key.pem")
+}
+
+// TLSBlock is the tls block for three files.
+func TLSBlock(ca, cert, key string) string {
+	return fmt.Sprintf("tls {\n  ca_file = %q\n  cert_file = %q\n  key_file = %q\n}\n", ca, cert, key)
+}
+
+// HostPort joins an address and a port.
+func HostPort(addr fmt.Stringer, port int) string {
+	return net.JoinHostPort(addr.String(), fmt.Sprint(port))
+}

@@ -1,0 +1,192 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const (
+	stopTimeout    = 15 * time.Second
+	commandTimeout = 20 * time.Second
+)
+
+// A Process is a program that runs on a host.
+type Process struct {
+	Name string
+	host *Host
+	args []string
+	path string // of its output
+
+	mu   sync.Mutex
+	cmd  *exec.Cmd
+	done chan struct{}
+}
+
+// starter starts processes from one thread that lives as long as the test
+// binary: the signal that ends them when their parent dies is tied to the
+// thread that started them (prctl(2), PR_SET_PDEATHSIG).
+//
+//nolint:gochecknoglobals // one for the test binary
+var starter = sync.OnceValue(func() chan func() {
+	ch := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for f := range ch {
+			f()
+		}
+	}()
+	return ch
+})
+
+// Start runs a program on the host until the test ends or it is stopped. Its
+// output goes to a file, whose end is logged if the test fails.
+func (h *Host) Start(name, program string, args ...string) *Process {
+	h.t.Helper()
+	p := &Process{Name: name, host: h, args: append([]string{"netns", "exec", h.NS, program}, args...), path: filepath.Join(h.Dir, name+".log")}
+	p.Again()
+	h.t.Cleanup(func() {
+		p.Stop()
+		if h.t.Failed() {
+			h.t.Logf("%s on %s ended with:\n%s", name, h.Name, p.Tail(4000))
+		}
+	})
+	return p
+}
+
+// Again starts a process that has ended.
+func (p *Process) Again() {
+	p.host.t.Helper()
+	log, err := os.OpenFile(p.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		p.host.t.Fatal(err)
+	}
+	defer func() { _ = log.Close() }()
+	cmd := exec.Command("ip", p.args...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = p.host.Dir, log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	started := make(chan error)
+	starter() <- func() { started <- cmd.Start() }
+	if err := <-started; err != nil {
+		p.host.t.Fatalf("start %s on %s: %v", p.Name, p.host.Name, err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = cmd.Wait() // how it ended is in its log
+	}()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.cmd, p.done = cmd, done
+}
+
+func (p *Process) running() (*exec.Cmd, chan struct{}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.cmd, p.done
+}
+
+// Ended tells whether the process has gone.
+func (p *Process) Ended() bool {
+	_, done := p.running()
+	select {
+	case <-done:
+		return true
+	default:
+		return false
+	}
+}
+
+// Kill ends the process with SIGKILL and waits for it.
+func (p *Process) Kill() {
+	cmd, done := p.running()
+	_ = cmd.Process.Kill() // an error means that it has gone
+	<-done
+}
+
+// Signal sends a signal.
+func (p *Process) Signal(s os.Signal) {
+	p.host.t.Helper()
+	cmd, _ := p.running()
+	if err := cmd.Process.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		p.host.t.Errorf("signal %s: %v", p.Name, err)
+	}
+}
+
+// Stop ends the process with SIGTERM, and with SIGKILL if that takes too long.
+func (p *Process) Stop() {
+	p.host.t.Helper()
+	p.Signal(syscall.SIGTERM)
+	_, done := p.running()
+	select {
+	case <-done:
+	case <-time.After(stopTimeout):
+		p.host.t.Errorf("%s on %s did not stop within %v", p.Name, p.host.Name, stopTimeout)
+		p.Kill()
+	}
+}
+
+// Output is all that the process has printed.
+func (p *Process) Output() string {
+	b, err := os.ReadFile(p.path)
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
+}
+
+// Tail is the last n bytes of the output, from a line's beginning.
+func (p *Process) Tail(n int) string {
+	b := []byte(p.Output())
+	if len(b) > n {
+		b = b[len(b)-n:]
+		if i := bytes.IndexByte(b, '\n'); i >= 0 {
+			b = b[i+1:]
+		}
+	}
+	return string(b)
+}
+
+// Run runs a program on the host to its end and returns what it printed.
+func (h *Host) Run(program string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", h.NS, program}, args...)...)
+	cmd.Dir = h.Dir
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return string(out), fmt.Errorf("%s %v on %s: %w: %s", filepath.Base(program), args, h.Name, err, bytes.TrimSpace(out))
+	}
+	return string(out), nil
+}
+
+// Eventually calls f until it returns nil; the test fails with its last error
+// if that takes longer than limit. It returns how long it took.
+func Eventually(t testing.TB, limit time.Duration, f func() error) time.Duration {
+	t.Helper()
+	began := time.Now()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := f()
+		if err == nil {
+			return time.Since(began)
+		}
+		if time.Since(began) > limit {
+			t.Fatalf("not within %v: %v", limit, err)
+		}
+		<-tick.C
+	}
+}
+
+// Wait lets time pass, where that is what the test is about.
+func Wait(d time.Duration) { <-time.After(d) }

@@ -1,0 +1,137 @@
+package lab
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// A SerfAgent is an unmodified serf agent on a host.
+type SerfAgent struct {
+	*Process
+	Name      string
+	Advertise netip.Addr
+	host      *Host
+	program   string
+	rpc       string
+}
+
+// StartSerf starts an agent that listens on bind and advertises another
+// address, as the operator of a captured server does. More is JSON that is
+// merged into its configuration; "" adds nothing.
+func (h *Host) StartSerf(name string, bind, advertise netip.Addr, more string) *SerfAgent {
+	h.t.Helper()
+	a := &SerfAgent{Name: name, Advertise: advertise, host: h, program: Serf(h.t), rpc: "127.0.0.1:7373"}
+	config := map[string]any{
+		"node_name": name,
+		"bind":      net.JoinHostPort(bind.String(), "7946"),
+		"advertise": net.JoinHostPort(advertise.String(), "7946"),
+		"rpc_addr":  a.rpc,
+		// What a query's handler prints is its answer.
+		"event_handlers": []string{"query:who=echo " + name},
+		"log_level":      "debug",
+	}
+	if more != "" {
+		var extra map[string]any
+		if err := json.Unmarshal([]byte(more), &extra); err != nil {
+			h.t.Fatal(err)
+		}
+		for k, v := range extra {
+			config[k] = v
+		}
+	}
+	text, err := json.Marshal(config)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	file := h.WriteFile(name+".json", string(text))
+	a.Process = h.Start("serf-"+name, a.program, "agent", "-config-file="+file)
+	a.AwaitUp()
+	return a
+}
+
+// AwaitUp waits until the agent answers its control address.
+func (a *SerfAgent) AwaitUp() {
+	a.host.t.Helper()
+	Eventually(a.host.t, startTimeout, func() error {
+		if a.Ended() {
+			return fmt.Errorf("serf %s has ended:\n%s", a.Name, a.Tail(2000))
+		}
+		_, err := a.Do("info")
+		return err
+	})
+}
+
+// Do runs a serf command against the agent.
+func (a *SerfAgent) Do(command string, args ...string) (string, error) {
+	return a.host.Run(a.program, append([]string{command, "-rpc-addr=" + a.rpc}, args...)...)
+}
+
+// Members returns the status of each member that the agent knows.
+func (a *SerfAgent) Members() (map[string]string, error) {
+	out, err := a.Do("members", "-format=json")
+	if err != nil {
+		return nil, err
+	}
+	var answer struct {
+		Members []struct{ Name, Status string }
+	}
+	if err := json.Unmarshal([]byte(out), &answer); err != nil {
+		return nil, fmt.Errorf("members of %s: %w: %s", a.Name, err, out)
+	}
+	status := make(map[string]string)
+	for _, m := range answer.Members {
+		status[m.Name] = m.Status
+	}
+	return status, nil
+}
+
+// Sees returns an error unless exactly these members are known, all with the
+// status.
+func (a *SerfAgent) Sees(status string, names ...string) error {
+	got, err := a.Members()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if got[name] != status {
+			return fmt.Errorf("%s sees %v, want %s %s", a.Name, got, name, status)
+		}
+	}
+	return nil
+}
+
+// Query asks all agents who they are and returns who answered.
+func (a *SerfAgent) Query(name string) (map[string]string, error) {
+	out, err := a.Do("query", "-format=json", "-timeout=3s", name)
+	if err != nil {
+		return nil, err
+	}
+	var answer struct{ Responses map[string]string }
+	if err := json.Unmarshal([]byte(out), &answer); err != nil {
+		return nil, fmt.Errorf("query of %s: %w: %s", a.Name, err, out)
+	}
+	for k, v := range answer.Responses {
+		answer.Responses[k] = strings.TrimSpace(v)
+	}
+	return answer.Responses, nil
+}
+
+// Acks runs serf reachability and returns the names of those that acknowledged.
+func (a *SerfAgent) Acks() ([]string, error) {
+	out, err := a.Do("reachability", "-verbose")
+	if err != nil && !strings.Contains(out, "Query time") {
+		return nil, err
+	}
+	var names []string
+	for line := range strings.Lines(out) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Ack from "); ok {
+			names = append(names, strings.Trim(name, "'"))
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names), nil
+}

@@ -1,0 +1,162 @@
+package lab
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxFlows bounds what a Tap remembers.
+const maxFlows = 10000
+
+// A Tap listens on the WAN link and keeps the first byte of each TCP connection
+// each way.
+type Tap struct {
+	mu    sync.Mutex
+	isn   map[Flow]uint32
+	first map[Flow]byte
+}
+
+// A Flow is one direction of a TCP connection.
+type Flow struct{ From, To netip.AddrPort }
+
+// Tap starts listening, until the test ends.
+func (n *Network) Tap() *Tap {
+	n.t.Helper()
+	tap := &Tap{isn: make(map[Flow]uint32), first: make(map[Flow]byte)}
+	host := n.Sites[0].Gateway
+	fd, err := in(host, func() (int, error) {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(htons(unix.ETH_P_ALL)))
+		if err != nil {
+			return 0, err
+		}
+		index, err := interfaceIndex(fd, "wan0")
+		if err != nil {
+			return fd, err
+		}
+		if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: index}); err != nil {
+			return fd, err
+		}
+		return fd, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50000})
+	})
+	if err != nil {
+		n.t.Fatalf("tap the WAN link: %v", err)
+	}
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		tap.listen(fd, stop)
+	}()
+	n.t.Cleanup(func() {
+		close(stop)
+		<-done
+		_ = unix.Close(fd)
+	})
+	return tap
+}
+
+func htons(v uint16) uint16 {
+	var b [2]byte
+	binary.BigEndian.PutUint16(b[:], v)
+	return binary.NativeEndian.Uint16(b[:])
+}
+
+func interfaceIndex(fd int, name string) (int, error) {
+	req, err := unix.NewIfreq(name)
+	if err != nil {
+		return 0, err
+	}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, req); err != nil {
+		return 0, err
+	}
+	return int(req.Uint32()), nil
+}
+
+func (t *Tap) listen(fd int, stop <-chan struct{}) {
+	buf := make([]byte, 64<<10)
+	for {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		n, _, err := unix.Recvfrom(fd, buf, 0)
+		if err == nil {
+			t.see(buf[:n])
+		}
+	}
+}
+
+// see looks at one IP packet.
+func (t *Tap) see(p []byte) {
+	var from, to netip.Addr
+	switch {
+	case len(p) >= 20 && p[0]>>4 == 4:
+		if p[9] != unix.IPPROTO_TCP {
+			return
+		}
+		from, _ = netip.AddrFromSlice(p[12:16])
+		to, _ = netip.AddrFromSlice(p[16:20])
+		size := min(int(binary.BigEndian.Uint16(p[2:])), len(p)) // without padding
+		head := int(p[0]&15) * 4
+		if head > size {
+			return
+		}
+		p = p[head:size]
+	case len(p) >= 40 && p[0]>>4 == 6:
+		if p[6] != unix.IPPROTO_TCP {
+			return
+		}
+		from, _ = netip.AddrFromSlice(p[8:24])
+		to, _ = netip.AddrFromSlice(p[24:40])
+		p = p[40:min(40+int(binary.BigEndian.Uint16(p[4:])), len(p))]
+	default:
+		return
+	}
+	if len(p) < 20 {
+		return
+	}
+	flow := Flow{netip.AddrPortFrom(from, binary.BigEndian.Uint16(p)), netip.AddrPortFrom(to, binary.BigEndian.Uint16(p[2:]))}
+	seq, head, syn := binary.BigEndian.Uint32(p[4:]), int(p[12]>>4)*4, p[13]&2 != 0
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if syn {
+		if len(t.isn) < maxFlows {
+			t.isn[flow] = seq
+			delete(t.first, flow)
+		}
+		return
+	}
+	isn, known := t.isn[flow]
+	if head >= len(p) || !known || seq != isn+1 {
+		return
+	}
+	if _, seen := t.first[flow]; !seen {
+		t.first[flow] = p[head]
+	}
+}
+
+// Check fails the test unless connections were seen and each began with the
+// byte, each way.
+func (t *Tap) Check(tb testing.TB, want byte) {
+	tb.Helper()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	there, back := 0, 0
+	for flow, got := range t.first {
+		if got != want {
+			tb.Errorf("the first byte from %v to %v is %#x, want %#x", flow.From, flow.To, got, want)
+		}
+		if flow.To.Port() == 8443 {
+			there++
+		} else {
+			back++
+		}
+	}
+	if there == 0 || back == 0 {
+		tb.Errorf("%d connections with data seen one way and %d the other: the tap is broken", there, back)
+	}
+}

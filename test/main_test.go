@@ -1,0 +1,92 @@
+// Package test proves the promises of culvert end to end: the real binary,
+// real serf agents, in network namespaces. One promise a file.
+package test
+
+import (
+	"flag"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"culvert/test/lab"
+)
+
+// TestMain counts the end-to-end tests: how many ran, how many did not, and how
+// many there are. The last line goes to the file that CULVERT_E2E_SUMMARY
+// names, which `make test` prints at its end.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "culvert-configs-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	lab.Configs = dir
+	code := m.Run()
+	ran, skipped := lab.Counts()
+	inSource, err := countTests()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	summary := fmt.Sprintf("end-to-end: %d run, %d skipped, of %d in the source\n", ran, skipped, inSource)
+	if lack := lab.Missing(); lack != "" {
+		summary = "end-to-end tests are skipped: " + lack + "\n" + summary
+	}
+	fmt.Print(summary)
+	if file := os.Getenv("CULVERT_E2E_SUMMARY"); file != "" {
+		if err := os.WriteFile(file, []byte(summary), 0o644); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	chosen := flag.Lookup("test.run").Value.String() != ""
+	if code == 0 && os.Getenv("CULVERT_E2E") == "require" && !chosen && (skipped > 0 || int(ran) != inSource) {
+		fmt.Fprintln(os.Stderr, "CULVERT_E2E=require: every end-to-end test must run")
+		return 1
+	}
+	return code
+}
+
+// countTests counts the tests in the source that call lab.Require.
+func countTests() (int, error) {
+	files, err := filepath.Glob("*_test.go")
+	if err != nil {
+		return 0, err
+	}
+	n := 0
+	for _, file := range files {
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+		if err != nil {
+			return 0, err
+		}
+		for _, d := range parsed.Decls {
+			if f, ok := d.(*ast.FuncDecl); ok && requires(f) {
+				n++
+			}
+		}
+	}
+	return n, nil
+}
+
+func requires(f *ast.FuncDecl) bool {
+	found := false
+	ast.Inspect(f, func(n ast.Node) bool {
+		sel, ok := n.(*ast.SelectorExpr)
+		if ok && sel.Sel.Name == "Require" {
+			pkg, ok := sel.X.(*ast.Ident)
+			found = found || ok && pkg.Name == "lab"
+		}
+		return !found
+	})
+	return found
+}
