@@ -12,6 +12,7 @@ import (
 // A server is one server of a federation: a host of the lab, an agent and its
 // sidecar.
 type server struct {
+	test      *testing.T
 	dc, node  string
 	host      *lab.Host
 	advertise netip.Addr
@@ -54,7 +55,7 @@ func newFederation(t *testing.T, s settings) *federation {
 	i := 0
 	for d, site := range f.Sites {
 		for h, host := range site.Hosts {
-			f.servers = append(f.servers, &server{dc: site.Name, node: names[i], host: host, advertise: virtual(s.ipv6, d+1, h+1)})
+			f.servers = append(f.servers, &server{test: t, dc: site.Name, node: names[i], host: host, advertise: virtual(s.ipv6, d+1, h+1)})
 			i++
 			if s.ipv6 {
 				host.MakeLocal("fd77::/32")

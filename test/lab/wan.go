@@ -93,7 +93,7 @@ func (n *Network) Mend() { n.t.Helper(); ip(n.t, n.Sites[0].Gateway.NS, "link se
 // sent, and do not arrive.
 func (n *Network) Swallow() {
 	n.t.Helper()
-	const rules = `table netdev fault { chain in { type filter hook ingress device "wan0" priority 0; drop; } }
+	const rules = `table netdev fault { chain in { type filter hook ingress device "wan0" priority 0; drop; }; }
 `
 	for _, s := range n.Sites {
 		nft(n.t, s.Gateway, rules)
