@@ -10,8 +10,10 @@ import (
 	"go/token"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
+	"culvert/config"
 	"culvert/test/lab"
 )
 
@@ -50,11 +52,37 @@ func run(m *testing.M) int {
 		}
 	}
 	chosen := flag.Lookup("test.run").Value.String() != ""
+	if code == 0 && !chosen && skipped == 0 {
+		if unused, err := unusedAttributes(dir); err != nil || len(unused) > 0 {
+			fmt.Fprintf(os.Stderr, "attributes of the configuration that no end-to-end test uses: %v (%v)\n", unused, err)
+			return 1
+		}
+	}
 	if code == 0 && os.Getenv("CULVERT_E2E") == "require" && !chosen && (skipped > 0 || int(ran) != inSource) {
 		fmt.Fprintln(os.Stderr, "CULVERT_E2E=require: every end-to-end test must run")
 		return 1
 	}
 	return code
+}
+
+// unusedAttributes lists the attributes of the schema that no configuration of
+// this run has set.
+func unusedAttributes(dir string) ([]string, error) {
+	files, err := filepath.Glob(filepath.Join(dir, "*.hcl"))
+	if err != nil {
+		return nil, err
+	}
+	used := make(map[string]bool)
+	for _, file := range files {
+		attributes, err := config.Used(file)
+		if err != nil {
+			return nil, err
+		}
+		for _, a := range attributes {
+			used[a] = true
+		}
+	}
+	return slices.DeleteFunc(config.Attributes(), func(a string) bool { return used[a] }), nil
 }
 
 // countTests counts the tests in the source that call lab.Require.

@@ -28,24 +28,22 @@ type Daemon struct {
 }
 
 // StartCulvert starts `culvert sidecar` or `culvert gateway` with a
-// configuration and waits until it is ready. The configuration is kept in
-// CULVERT_E2E_CONFIGS, where that is set, for the test of what is used.
-func (h *Host) StartCulvert(kind, config string, flags ...string) *Daemon {
+// configuration and waits until it is ready.
+func (h *Host) StartCulvert(kind, config string) *Daemon {
 	h.t.Helper()
-	d := h.startCulvert(kind, config, adminAddr, flags...)
-	d.AwaitReady()
-	return d
+	return h.StartAnother(kind, kind, config, adminAddr)
 }
 
-func (h *Host) startCulvert(kind, config, admin string, flags ...string) *Daemon {
+// StartAnother is StartCulvert for a host with several of a kind: each needs a
+// name and an admin address of its own.
+func (h *Host) StartAnother(kind, name, config, admin string) *Daemon {
 	h.t.Helper()
 	program := Culvert(h.t)
-	file := h.WriteFile(kind+".hcl", config)
+	file := h.WriteFile(name+".hcl", config)
 	keepConfig(h.t, kind, config)
-	return &Daemon{
-		Process: h.Start("culvert-"+kind, program, append([]string{kind, "--config", file}, flags...)...),
-		host:    h, admin: admin,
-	}
+	d := &Daemon{Process: h.Start("culvert-"+name, program, kind, "--config", file), host: h, admin: admin}
+	d.AwaitReady()
+	return d
 }
 
 // Configs is where the configurations of all end-to-end tests of this run are
@@ -135,11 +133,19 @@ func (p *PKI) run(args ...string) {
 	}
 }
 
-// Server creates a server's certificate and returns the tls block that uses it.
-func (p *PKI) Server(dc, node, domain string) string {
+// Server creates a server's certificate, unless it has been made before, and
+// returns the tls block that uses it.
+func (p *PKI) Server(dc, node, domain string) string { return p.leaf("server", dc, node, domain) }
+
+// Gateway is Server for a gateway.
+func (p *PKI) Gateway(dc, node, domain string) string { return p.leaf("gateway", dc, node, domain) }
+
+func (p *PKI) leaf(role, dc, node, domain string) string {
 	p.t.Helper()
-	p.run("tls", "cert", "create", "--server", "--dc", dc, "--node", node, "--domain", domain)
-	name := filepath.Join(p.dir, fmt.Sprintf("%s-server-%s-%s", dc, domain, node))
+	name := filepath.Join(p.dir, fmt.Sprintf("%s-%s-%s-%s", dc, role, domain, node))
+	if _, err := os.Stat(name + ".pem"); err != nil {
+		p.run("tls", "cert", "create", "--"+role, "--dc", dc, "--node", node, "--domain", domain)
+	}
 	return TLSBlock(filepath.Join(p.dir, domain+"-ca.pem"), name+".pem", name+"-key.pem")
 }
 

@@ -223,10 +223,12 @@ func (n *Network) Route() {
 	n.t.Helper()
 	for i, site := range n.Sites {
 		other := n.Sites[1-i]
-		there := netip.PrefixFrom(other.Gateway.Addr, 24).Masked().String()
+		size := 24
 		if n.IPv6 {
-			there = netip.PrefixFrom(other.Gateway.Addr, 64).Masked().String()
+			size = 64
 		}
+		there := netip.PrefixFrom(other.Gateway.Addr, size).Masked().String()
+		between := netip.PrefixFrom(site.WAN, size).Masked().String()
 		if err := site.Gateway.Do(func() error {
 			return errors.Join(
 				os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644),
@@ -237,7 +239,8 @@ func (n *Network) Route() {
 		}
 		ip(n.t, site.Gateway.NS, "route add "+there+" via "+other.WAN.String())
 		for _, h := range site.Hosts {
-			ip(n.t, h.NS, "route add "+there+" via "+site.Gateway.Addr.String())
+			via := " via " + site.Gateway.Addr.String()
+			ip(n.t, h.NS, "route add "+there+via, "route add "+between+via)
 		}
 	}
 }
