@@ -126,7 +126,7 @@ func TestEveryTruncationIsUnexpected(t *testing.T) {
 				if len(got) > 0 && string(got) != data {
 					t.Errorf("%d of %d bytes: read %q", k, whole, got)
 				}
-				if _, err := accepted.Read(make([]byte, 1)); (err == io.EOF) != (k == whole) { //nolint:errorlint // io.EOF itself is the contract
+				if _, err := accepted.Read(make([]byte, 1)); (err == io.EOF) != (k == whole) {
 					t.Errorf("%d of %d bytes: second Read error %v", k, whole, err)
 				}
 				dialed.Abort()
@@ -243,7 +243,7 @@ func TestCloseWriteIsPatient(t *testing.T) {
 		raw.Block()
 		done := make(chan error)
 		go func() { done <- dialed.CloseWrite() }()
-		time.Sleep(time.Minute) // inside the bubble: the clock's minute, not ours
+		time.Sleep(time.Minute) //nolint:forbidigo // the clock of a bubble
 		synctest.Wait()
 		select {
 		case err := <-done:
@@ -254,7 +254,7 @@ func TestCloseWriteIsPatient(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Errorf("CloseWrite: %v", err)
 		}
-		if _, err := accepted.Read(make([]byte, 1)); err != io.EOF { //nolint:errorlint // io.EOF itself is the contract
+		if _, err := accepted.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("Read after CloseWrite: %v", err)
 		}
 	})

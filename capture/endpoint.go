@@ -20,8 +20,8 @@ const maxDatagram = 65507 + 1
 // The time budgets of an endpoint.
 const (
 	serverDialTimeout = 5 * time.Second
-	acceptBackoffMin  = 5 * time.Millisecond
-	acceptBackoffMax  = time.Second
+	shortestBackoff   = 5 * time.Millisecond
+	longestBackoff    = time.Second
 )
 
 // An endpointKey is a socket's place in the kernel's tables.
@@ -110,7 +110,7 @@ func (b *Bind) wrongSource(e *endpoint, from netip.Addr) {
 // serveStreams accepts connections to the endpoint's owner until the listener
 // is closed.
 func (b *Bind) serveStreams(ctx context.Context, e *endpoint) {
-	backoff := acceptBackoffMin
+	backoff := shortestBackoff
 	for {
 		c, err := e.tcp.AcceptTCP()
 		if errors.Is(err, net.ErrClosed) {
@@ -121,10 +121,10 @@ func (b *Bind) serveStreams(ctx context.Context, e *endpoint) {
 			if !wait(ctx, backoff) {
 				return
 			}
-			backoff = min(2*backoff, acceptBackoffMax)
+			backoff = min(2*backoff, longestBackoff)
 			continue
 		}
-		backoff = acceptBackoffMin
+		backoff = shortestBackoff
 		from := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap() //nolint:errcheck // a TCP connection's
 		if !b.local.contains(from) {
 			b.wrongSource(e, from)

@@ -110,8 +110,8 @@ func routeRequest(addr netip.Addr) []byte {
 	b = binary.NativeEndian.AppendUint32(b, uint32(size)) //nolint:gosec // 60 at the most
 	b = binary.NativeEndian.AppendUint16(b, unix.RTM_GETROUTE)
 	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST)
-	b = append(b, make([]byte, 8)...) // sequence and port: one question, one answer
-	b = append(b, fam, byte(addr.BitLen()), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+	b = append(b, make([]byte, 8)...)                                          // sequence and port: one question, one answer
+	b = append(b, fam, byte(addr.BitLen()), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)      //nolint:gosec // 32 or 128
 	b = binary.NativeEndian.AppendUint16(b, uint16(unix.SizeofRtAttr+len(ip))) //nolint:gosec // 20 at the most
 	b = binary.NativeEndian.AppendUint16(b, unix.RTA_DST)
 	return append(b, ip...)

@@ -3,6 +3,7 @@ package capture
 import (
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 )
@@ -21,10 +22,8 @@ func (l *localAddrs) contains(a netip.Addr) bool {
 	if a.IsLoopback() {
 		return true
 	}
-	for _, k := range l.known {
-		if a == k {
-			return true
-		}
+	if slices.Contains(l.known, a) {
+		return true
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -17,7 +17,7 @@ func TestSnapshotLookups(t *testing.T) {
 	s := c.Load()
 	var order []string
 	for _, p := range s.Peers {
-		order = append(order, p.Key.String())
+		order = append(order, p.String())
 	}
 	if got, want := len(order), 3; got != want || order[0] != "dc1/amy" || order[1] != "dc1/zoe" || order[2] != "dc2/bob" {
 		t.Errorf("peers in order %v", order)

@@ -36,14 +36,14 @@ func badLabel(s string) string {
 
 const labelHint = `names become DNS names: use a-z, 0-9 and "-"`
 
-// label checks a name of one DNS label, names one of any number of them.
-func (d *decoder) label(what, s string, at hcl.Range) {
+// datacenterName checks a name of one DNS label.
+func (d *decoder) datacenterName(s string, at hcl.Range) {
 	if bad := badLabel(s); bad != "" {
 		hint := labelHint
 		if strings.Contains(s, ".") && badLabels(s) == "" {
-			hint = what + " is one DNS label, without dots"
+			hint = "a datacenter is one DNS label, without dots"
 		}
-		d.fault(at, hint, "%s %q %s", what, s, bad)
+		d.fault(at, hint, "datacenter %q %s", s, bad)
 	}
 }
 
@@ -59,6 +59,7 @@ func badLabels(s string) string {
 	return ""
 }
 
+// labels checks a name of one DNS label or more.
 func (d *decoder) labels(what, s string, at hcl.Range) {
 	if bad := badLabels(s); bad != "" {
 		d.fault(at, labelHint, "%s %q %s", what, s, bad)
@@ -69,7 +70,7 @@ func (d *decoder) labels(what, s string, at hcl.Range) {
 func (b *block) identity(domainDefault string) (datacenter, domain string) {
 	datacenter, at := b.required("datacenter", "dc1")
 	if datacenter != "" {
-		b.d.label("datacenter", datacenter, at.at)
+		b.d.datacenterName(datacenter, at.at)
 	}
 	domain, at = b.text("domain")
 	if !at.set {

@@ -22,6 +22,7 @@ type decoder struct {
 	file   string
 	o      Options
 	faults Faults
+	asked  func(path string) // for tests: each attribute that is looked for
 }
 
 // open parses a file. The error is for a file in which nothing can be looked
@@ -54,8 +55,7 @@ func open(file string, o Options) (*decoder, *block, error) {
 func readFile(file string) ([]byte, error) {
 	st, err := os.Stat(file)
 	if err != nil {
-		var path *os.PathError
-		if errors.As(err, &path) {
+		if path, ok := errors.AsType[*os.PathError](err); ok {
 			err = path.Err // the path stands before the fault already
 		}
 		return nil, fmt.Errorf("read the file: %w", err)
@@ -85,6 +85,7 @@ func (d *decoder) result() error {
 type block struct {
 	d     *decoder
 	name  string // how faults call it; "" for the file
+	path  string // of its attributes, as Attributes has it
 	label string
 	body  *hclsyntax.Body
 	at    hcl.Range // where it begins
@@ -111,11 +112,14 @@ type value struct {
 // one.
 func (b *block) eval(key string) (cty.Value, value) {
 	b.keys = append(b.keys, key)
+	if b.d.asked != nil {
+		b.d.asked(b.path + key)
+	}
 	attr := b.body.Attributes[key]
 	if attr == nil {
 		return cty.NilVal, value{at: b.at}
 	}
-	at := attr.Expr.StartRange()
+	at := attr.Expr.Range()
 	if bad := notLiteral(attr.Expr); bad != nil {
 		b.d.fault(bad.Range(), `values are literals, env("NAME") and hostname()`, "%s is an expression", key)
 		return cty.NilVal, value{at: at, set: true}
@@ -268,7 +272,7 @@ func (b *block) list(key string) ([]item, value) {
 	}
 	var out []item
 	for i, e := range v.AsValueSlice() {
-		at := tuple.Exprs[i].StartRange()
+		at := tuple.Exprs[i].Range()
 		if e.IsNull() || !e.Type().Equals(cty.String) {
 			b.d.fault(at, key+` = ["..."]`, "an element of %s%s is not a string", key, b.in())
 			continue
@@ -326,7 +330,7 @@ func (b *block) blocks(kind string, labelled bool) []*block {
 		if hb.Type != kind {
 			continue
 		}
-		one := &block{d: b.d, name: kind, body: hb.Body, at: hb.TypeRange, named: hb.TypeRange}
+		one := &block{d: b.d, name: kind, path: b.path + kind + ".", body: hb.Body, at: hb.TypeRange, named: hb.TypeRange}
 		labels := hb.Labels
 		switch {
 		case labelled && len(labels) == 0:

@@ -13,7 +13,7 @@ func (d *decoder) gateway(root *block) *Gateway {
 	root.listen(&g.Listen, false)
 	d.gatewaySidecars(root, g)
 	root.many("datacenter", func(b *block) {
-		d.label("datacenter", b.label, b.named)
+		d.datacenterName(b.label, b.named)
 		dc := Datacenter{Name: b.label, Gateways: b.gatewayList()}
 		if len(dc.Gateways) == 0 {
 			d.fault(b.at, `add gateways = ["203.0.113.7:8443"]`, "%s has no gateways", b.name)

@@ -30,7 +30,7 @@ func (d *decoder) peers(root *block, s *Sidecar) []placedPeer {
 		}
 		var at value
 		if p.Datacenter, at = b.required("datacenter", "dc2"); p.Datacenter != "" {
-			d.label("datacenter", p.Datacenter, at.at)
+			d.datacenterName(p.Datacenter, at.at)
 		}
 		p.Advertise, at = b.ip("advertise", wildcardPeer)
 		if !at.set {
@@ -72,7 +72,7 @@ func (d *decoder) advertised(b *block, p placedPeer, at hcl.Range, s *Sidecar, t
 func (d *decoder) datacenters(root *block, s *Sidecar, peers []placedPeer) {
 	root.many("datacenter", func(b *block) {
 		dc := Datacenter{Name: b.label, Gateways: b.gatewayList()}
-		d.label("datacenter", b.label, b.named)
+		d.datacenterName(b.label, b.named)
 		mode, at := b.oneOf("mode", "", "local", "remote", "direct")
 		dc.Mode = mode
 		if at.set && mode != "" {

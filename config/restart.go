@@ -6,6 +6,8 @@ import (
 )
 
 // live are the fields that a reload changes in a running process.
+//
+//nolint:gochecknoglobals // a table
 var live = map[string]bool{"Gateways": true, "Peers": true, "Datacenters": true, "Sidecars": true}
 
 // Restart names the settings in which two configurations of a sidecar differ

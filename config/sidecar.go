@@ -16,6 +16,8 @@ const (
 
 // ports are what a profile knows of its servers: the gossip port, and that of
 // RPC where there is one of its own.
+//
+//nolint:gochecknoglobals // a table
 var ports = map[string]struct{ gossip, rpc uint16 }{
 	"consul":     {8302, 8300},
 	"nomad":      {4648, 4647},

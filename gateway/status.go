@@ -13,7 +13,7 @@ type Status struct {
 	Version    string          `json:"version"`
 	Ready      bool            `json:"ready"`
 	Sidecars   []SidecarStatus `json:"sidecars"`
-	Gateways   []GatewayStatus `json:"gateways"`
+	Gateways   []RemoteStatus  `json:"gateways"`
 }
 
 // SidecarStatus is one sidecar of the gateway's datacenter.
@@ -26,8 +26,8 @@ type SidecarStatus struct {
 	LastError string `json:"last_error"`
 }
 
-// GatewayStatus is one gateway of another datacenter.
-type GatewayStatus struct {
+// RemoteStatus is one gateway of another datacenter.
+type RemoteStatus struct {
 	Address    string `json:"address"`
 	Datacenter string `json:"datacenter"`
 	Healthy    bool   `json:"healthy"`
@@ -40,19 +40,19 @@ func (g *Gateway) Status() Status {
 	cfg, now := g.config.Load(), g.backends.current.Load()
 	s := Status{
 		Kind: "gateway", Datacenter: cfg.Datacenter, Node: cfg.Node, Version: g.opts.Version, Ready: g.ready.Load(),
-		Sidecars: []SidecarStatus{}, Gateways: []GatewayStatus{},
+		Sidecars: []SidecarStatus{}, Gateways: []RemoteStatus{},
 	}
 	for _, c := range cfg.Sidecars {
 		domain := sidecarDomain(cfg, c)
 		one := now.backends[backendKey{cfg.Datacenter, domain, c.Node}]
-		any := now.backends[backendKey{cfg.Datacenter, domain, ""}]
-		if one == nil || any == nil {
+		all := now.backends[backendKey{cfg.Datacenter, domain, ""}]
+		if one == nil || all == nil {
 			continue // a Reload is under way
 		}
 		e := endpoint(one.pool, c.Address)
 		s.Sidecars = append(s.Sidecars, SidecarStatus{
 			Node: c.Node, Domain: domain, Address: c.Address, Healthy: e.Healthy,
-			Open: one.openTo(c.Address) + any.openTo(c.Address), LastError: e.LastError,
+			Open: one.openTo(c.Address) + all.openTo(c.Address), LastError: e.LastError,
 		})
 	}
 	for _, d := range cfg.Datacenters {
@@ -62,7 +62,7 @@ func (g *Gateway) Status() Status {
 		}
 		for _, address := range d.Gateways {
 			e := endpoint(to.pool, address)
-			s.Gateways = append(s.Gateways, GatewayStatus{
+			s.Gateways = append(s.Gateways, RemoteStatus{
 				Address: address, Datacenter: d.Name, Healthy: e.Healthy, Open: to.openTo(address), LastError: e.LastError,
 			})
 		}

@@ -24,8 +24,8 @@ const (
 	// sent again by the kernel at longer and longer intervals; an attempt of
 	// its own each second uses a path that comes back within that second.
 	attemptTimeout = time.Second
-	// roundMin is how long one round over all endpoints takes at least.
-	roundMin = 250 * time.Millisecond
+	// shortestRound is how long one round over all endpoints takes at least.
+	shortestRound = 250 * time.Millisecond
 
 	probeEvery          = 10 * time.Second
 	probeUnhealthyEvery = time.Second
@@ -92,7 +92,6 @@ type endpoint struct {
 	lastError string
 	dialing   int
 	latency   float64 // seconds, moving average; 0 unknown
-	probed    time.Time
 	nextProbe time.Time
 	probing   bool
 }
@@ -183,7 +182,7 @@ func (p *Pool) DialAvoiding(ctx context.Context, avoid func(endpoint string) boo
 			return p.attempt(ctx, order[i])
 		})
 		for i, o := range outcomes {
-			p.judge(order[i], o, ctx)
+			p.judge(ctx, order[i], o)
 		}
 		if winner >= 0 {
 			return outcomes[winner].conn, order[winner].address, nil
@@ -193,7 +192,7 @@ func (p *Pool) DialAvoiding(ctx context.Context, avoid func(endpoint string) boo
 			last = err // what a cut-off round says is less than the one before
 		}
 		// A name that cannot be asked for may fail without any delay.
-		if !silent || !sleep(ctx, roundMin-time.Since(round)) {
+		if !silent || !sleep(ctx, shortestRound-time.Since(round)) {
 			return nil, "", last
 		}
 	}
@@ -236,7 +235,7 @@ func (p *Pool) order(avoid func(string) bool) []*endpoint {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	order := slices.Clone(p.endpoints)
-	rand.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
+	shuffle(order)
 	class := func(e *endpoint) int {
 		n := 0
 		if !e.healthy {
@@ -299,9 +298,9 @@ func (p *Pool) connect(ctx context.Context, e *endpoint) (net.Conn, error) {
 		return nil, fmt.Errorf("port %q: %w", e.port, err)
 	}
 	addrs := slices.Clone(answer.Addrs)
-	rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
+	shuffle(addrs)
 	winner, outcomes := race(ctx, len(addrs), func(ctx context.Context, i int) (net.Conn, error) {
-		to := netip.AddrPortFrom(addrs[i], uint16(port))
+		to := netip.AddrPortFrom(addrs[i], uint16(port)) //nolint:gosec // parsed as 16 bits
 		return p.o.Dial(ctx, "tcp", to.String())
 	})
 	if winner >= 0 {
@@ -323,7 +322,7 @@ var errSlow = fmt.Errorf("no answer in %v while another answered", hedgeAfter)
 
 // judge keeps what an attempt says about its endpoint's health. One that was
 // called off says something only if it had its time.
-func (p *Pool) judge(e *endpoint, o outcome, ctx context.Context) {
+func (p *Pool) judge(ctx context.Context, e *endpoint, o outcome) {
 	switch {
 	case o.err == nil:
 		p.note(e, nil)
@@ -412,7 +411,7 @@ func (p *Pool) due() []*endpoint {
 	var out []*endpoint
 	for _, e := range p.endpoints {
 		if e.nextProbe.IsZero() { // spread the first ones
-			e.nextProbe = now.Add(rand.N(probeEvery))
+			e.nextProbe = now.Add(within(probeEvery))
 		}
 		if e.probing || now.Before(e.nextProbe) {
 			continue
@@ -439,5 +438,12 @@ func (p *Pool) probe(ctx context.Context, e *endpoint) {
 	if !e.healthy {
 		every = probeUnhealthyEvery
 	}
-	e.nextProbe = time.Now().Add(every*9/10 + rand.N(every/5))
+	e.nextProbe = time.Now().Add(every*9/10 + within(every/5))
 }
+
+// shuffle and within spread load; they guard nothing.
+func shuffle[T any](s []T) {
+	rand.Shuffle(len(s), func(i, j int) { s[i], s[j] = s[j], s[i] }) //nolint:gosec // see above
+}
+
+func within(d time.Duration) time.Duration { return rand.N(d) } //nolint:gosec // see above

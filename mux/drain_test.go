@@ -100,7 +100,7 @@ func TestFirstByteTimeout(t *testing.T) {
 		b := runBubble(t, ln, Options{TLS: echo("tls")})
 		began := time.Now()
 		c := dialMem(t, ln, "")
-		if _, err := c.Read(make([]byte, 1)); err != io.EOF || time.Since(began) != DefaultFirstByteTimeout { //nolint:errorlint // exactly io.EOF
+		if _, err := c.Read(make([]byte, 1)); err != io.EOF || time.Since(began) != DefaultFirstByteTimeout {
 			t.Errorf("silence: %v after %v, want an end after %v", err, time.Since(began), DefaultFirstByteTimeout)
 		}
 		dialMem(t, ln, "").Abort()

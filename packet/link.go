@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,8 +30,8 @@ const (
 	// stableAfter is how long a connection must have been up for its end to be followed by a dial at once.
 	stableAfter = time.Second
 
-	backoffMin = 50 * time.Millisecond
-	backoffMax = time.Second
+	shortestBackoff = 50 * time.Millisecond
+	longestBackoff  = time.Second
 )
 
 // Link states, as in [LinkStatus].
@@ -197,16 +198,16 @@ func (l *Link) Status() LinkStatus {
 // Run dials and writes until ctx ends, then closes the connection gracefully and returns nil. It is called once.
 func (l *Link) Run(ctx context.Context) error {
 	defer l.shut()
-	delay := backoffMin
+	delay := shortestBackoff
 	for l.await(ctx) {
 		if l.attempt(ctx) {
-			delay = backoffMin
+			delay = shortestBackoff
 			continue
 		}
 		if !sleep(ctx, jitter(delay)) {
 			break
 		}
-		delay = min(2*delay, backoffMax)
+		delay = min(2*delay, longestBackoff)
 	}
 	return nil
 }
@@ -326,8 +327,7 @@ func (l *Link) untake(flight []frame, tried bool) {
 	now := time.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for i := len(flight) - 1; i >= 0; i-- {
-		f := flight[i]
+	for _, f := range slices.Backward(flight) {
 		switch {
 		case f.retried && tried:
 			l.drop(ReasonWriteError, 1)

@@ -120,7 +120,7 @@ func TestLinkRetriesOnce(t *testing.T) {
 		synctest.Wait()
 		near2, far2 := testPair(true)
 		near2.block()
-		b.Link.dial = func(context.Context) (Conn, error) { return near2, nil }
+		b.dial = func(context.Context) (Conn, error) { return near2, nil }
 		b.Kick()
 		after(100 * time.Millisecond)
 		far2.Abort()
@@ -236,7 +236,7 @@ func TestLinkKick(t *testing.T) {
 		after(time.Second)
 		b.hang.Store(false)
 		b.Kick()
-		after(backoffMin)
+		after(shortestBackoff)
 		wantFrames(t, b.peer(t), "1")
 	})
 }

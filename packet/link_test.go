@@ -174,16 +174,16 @@ func TestLinkBackoff(t *testing.T) {
 		b.Send([]byte("x"))
 		b.wantState(t, stateDown)
 		after(30 * time.Second)
-		limit := backoffMin
+		limit := shortestBackoff
 		for i := 1; i < len(b.times); i++ {
 			gap := b.times[i].Sub(b.times[i-1])
 			if gap < limit/2 || gap > limit {
 				t.Fatalf("pause %d is %v, want %v to %v", i, gap, limit/2, limit)
 			}
-			limit = min(2*limit, backoffMax)
+			limit = min(2*limit, longestBackoff)
 		}
 		// Nobody sends any more: dialling ended with the warm time.
-		if last := b.times[len(b.times)-1].Sub(b.times[0]); last > warmFor || last < warmFor-backoffMax {
+		if last := b.times[len(b.times)-1].Sub(b.times[0]); last > warmFor || last < warmFor-longestBackoff {
 			t.Fatalf("the last dial came %v after the packet, want about %v", last, warmFor)
 		}
 		b.wantState(t, stateDown)

@@ -208,9 +208,8 @@ func TestReceiverEnds(t *testing.T) {
 			s.write(t, tc.in)
 			tc.end(s.far)
 			err := s.result(t)
-			var large *FrameTooLargeError
-			if errors.As(tc.want, &large) {
-				if !errors.As(err, &large) {
+			if _, large := errors.AsType[*FrameTooLargeError](tc.want); large {
+				if _, large := errors.AsType[*FrameTooLargeError](err); !large {
 					t.Fatalf("got %v, want a FrameTooLargeError", err)
 				}
 			} else if !errors.Is(err, tc.want) || (err == nil) != (tc.want == nil) {

@@ -15,10 +15,13 @@ import (
 	"culvert/sniff"
 )
 
-// servePacket takes a packet connection of a verified peer and hands its
-// packets to the local server. Who the packets are from is what the
-// certificate says, never what is in them.
-func (s *Sidecar) servePacket(ctx context.Context, c *alpn.Conn) {
+// packetHandler takes packet connections of verified peers, and hands what
+// they carry to the local server. Who a packet is from is what the certificate
+// says, never what is in it.
+type packetHandler struct{ *Sidecar }
+
+// ServeConn serves one connection to its end.
+func (s packetHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
 	// A packet connection is not drained: its peer is told to stop at once and
 	// has a moment for what is under way.
 	ctx, cancel := context.WithCancel(ctx)
@@ -74,8 +77,11 @@ func (s *Sidecar) warnUndeliverable(c *alpn.Conn) {
 		zap.String("wanted", wanted), zap.String("found", from.String()), zap.Int("suppressed", suppressed))
 }
 
-// serveStream takes a stream of a verified peer to the local server.
-func (s *Sidecar) serveStream(ctx context.Context, c *alpn.Conn) {
+// streamHandler takes streams of verified peers to the local server.
+type streamHandler struct{ *Sidecar }
+
+// ServeConn serves one connection to its end.
+func (s streamHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
 	s.inbound.ServeConn(ctx, keyOf(c.Peer()), c.Route().Service, c)
 }
 

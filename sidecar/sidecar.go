@@ -155,7 +155,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	// Inward: what the far sidecars dial.
 	muxMetrics := mux.NewMetrics(o.Registry, alpn.Reasons()...)
 	terminator, err := alpn.NewServer(table, s.certs, alpn.ServerOptions{
-		Packet: alpn.HandlerFunc(s.servePacket), Stream: alpn.HandlerFunc(s.serveStream),
+		Packet: packetHandler{s}, Stream: streamHandler{s},
 		Refused: muxMetrics.Refused, Log: o.Log, Metrics: tlsMetrics,
 	})
 	if err != nil {
@@ -170,7 +170,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 		// All peers of other datacenters come from the gateways' addresses: a
 		// limit for one of these would be a limit for all of them together.
 		MaxConnsPerSource: mux.DefaultMaxConns,
-		Log: o.Log, Metrics: muxMetrics,
+		Log:               o.Log, Metrics: muxMetrics,
 	})
 	if err != nil {
 		_ = ln.Close()

@@ -161,7 +161,7 @@ func (s *Sidecar) readyDetails() any {
 				state = l.State
 			}
 		}
-		peers = append(peers, readyPeer{p.Key.String(), state})
+		peers = append(peers, readyPeer{p.String(), state})
 	}
 	return map[string]any{"peers": peers, "gateways": s.gatewayStatus()}
 }

@@ -73,10 +73,10 @@ func TestEveryPrefixIsUnexpectedEOF(t *testing.T) {
 
 func TestEnds(t *testing.T) {
 	b := hellos(t)[0]
-	if _, err := NewConn(&feeder{end: io.EOF}).Hello(); err != io.EOF { //nolint:errorlint // exactly io.EOF
+	if _, err := NewConn(&feeder{end: io.EOF}).Hello(); err != io.EOF {
 		t.Errorf("an end before the first byte: %v, want io.EOF", err)
 	}
-	if _, err := NewConn(&feeder{end: io.EOF}).FirstByte(); err != io.EOF { //nolint:errorlint // exactly io.EOF
+	if _, err := NewConn(&feeder{end: io.EOF}).FirstByte(); err != io.EOF {
 		t.Errorf("an end before the first byte: %v, want io.EOF", err)
 	}
 	if _, err := NewConn(&feeder{data: b[:100], n: 100, end: io.EOF}).Hello(); !errors.Is(err, io.ErrUnexpectedEOF) {

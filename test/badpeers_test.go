@@ -219,7 +219,7 @@ func TestStrangers(t *testing.T) {
 			return nil // a port scanner
 		}
 		got, err := io.ReadAll(c)
-		if ne, ok := err.(net.Error); ok && ne.Timeout() { //nolint:errorlint // a read of this test's own
+		if ne, ok := err.(net.Error); ok && ne.Timeout() {
 			t.Errorf("%q was kept waiting", send[:min(len(send), 10)])
 		}
 		return got

@@ -37,7 +37,6 @@ type settings struct {
 	noAgents   bool
 	domain     string // "" means consul
 	extra      string // further configuration of the sidecars
-	noGuard    bool
 	noSidecars bool
 }
 

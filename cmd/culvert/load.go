@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -25,7 +26,12 @@ func (f *serveFlags) register(cmd *cobra.Command) {
 	fl.StringVar(&f.over.LogLevel, "log-level", "", "`LEVEL` instead of log.level: debug, info, warn or error")
 	fl.StringVar(&f.over.LogFormat, "log-format", "", "`FORMAT` instead of log.format: json or console")
 	fl.BoolVar(&f.pprof, "pprof", false, "serve profiles under /debug/pprof on the admin address")
-	_ = cmd.MarkFlagRequired("config") // it has just been defined
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		if f.config == "" {
+			return usageError{errors.New("--config is missing"), cmd.CommandPath() + " --config FILE"}
+		}
+		return nil
+	}
 }
 
 // configOptions are what reading a configuration needs of the process. Every

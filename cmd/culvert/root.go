@@ -138,7 +138,7 @@ func report(w io.Writer, err error) {
 
 // flatten returns the errors that errors.Join put together.
 func flatten(err error) []error {
-	joined, ok := err.(interface{ Unwrap() []error }) //nolint:errorlint // only a join at the very top is taken apart
+	joined, ok := err.(interface{ Unwrap() []error }) // only a join at the very top is taken apart
 	if !ok {
 		return []error{err}
 	}

@@ -1,6 +1,7 @@
 package pipe
 
 import (
+	"errors"
 	"net"
 	"sync"
 	"syscall"
@@ -131,13 +132,13 @@ func (m *mover) tryFill(fd uintptr) bool {
 		} else {
 			m.n, m.err = unix.Read(int(fd), m.buf[:])
 		}
-		switch m.err {
-		case unix.EINTR:
+		switch {
+		case m.err == nil:
+		case errors.Is(m.err, unix.EINTR):
 			continue
-		case unix.EAGAIN:
+		case errors.Is(m.err, unix.EAGAIN):
 			m.release()
 			return false
-		case nil:
 		default:
 			m.n = 0
 		}
@@ -198,14 +199,14 @@ func (m *mover) tryDrain(fd uintptr) bool {
 	for {
 		n, err := unix.Splice(m.pipe.r, nil, int(fd), nil, m.n, spliceFlags)
 		m.err = err
-		switch err {
-		case unix.EINTR:
-			continue
-		case unix.EAGAIN:
-			return false
-		case nil:
+		switch {
+		case err == nil:
 			m.n -= int(n)
 			m.add(int(n))
+		case errors.Is(err, unix.EINTR):
+			continue
+		case errors.Is(err, unix.EAGAIN):
+			return false
 		}
 		return true
 	}

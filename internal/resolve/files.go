@@ -94,10 +94,12 @@ type serversFile struct {
 	path   string
 	mu     sync.Mutex
 	file   watched
-	config *dns.ClientConfig
+	config *dns.ClientConfig // the last one that named a server
 	err    error
 }
 
+// load returns what the file says. One that is being written, and so may say
+// nothing for a moment, changes nothing.
 func (s *serversFile) load() (*dns.ClientConfig, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -107,7 +109,12 @@ func (s *serversFile) load() (*dns.ClientConfig, error) {
 		if err == nil && len(config.Servers) == 0 {
 			err = errors.New("no name server")
 		}
-		s.config, s.err = config, err
+		if s.err = err; err == nil {
+			s.config = config
+		}
 	}
-	return s.config, s.err
+	if s.config != nil {
+		return s.config, nil
+	}
+	return nil, s.err
 }

@@ -11,89 +11,124 @@ import (
 	"github.com/miekg/dns"
 )
 
-// udpSize is what is offered for an answer over UDP, in bytes: what fits any
-// path (DNS flag day 2020).
-const udpSize = 1232
+const (
+	// udpSize is what is offered for an answer over UDP, in bytes: what fits any
+	// path (DNS flag day 2020).
+	udpSize = 1232
+	// otherWait is how long the addresses of one kind wait for those of the
+	// other: there are name servers that never answer for AAAA.
+	otherWait = 500 * time.Millisecond
+)
+
+// A reply is an answer that may lack one kind of address because asking for
+// that kind failed.
+type reply struct {
+	Answer
+	no4, no6 bool
+}
 
 // question asks the name servers for a host, in the order of resolv.conf's
 // search list.
-func (r *Resolver) question(ctx context.Context, host string) (Answer, error) {
+func (r *Resolver) question(ctx context.Context, host string) (reply, error) {
 	config, err := r.servers.load()
 	if err != nil {
-		return Answer{}, fmt.Errorf("read %s: %w", r.servers.path, err)
+		return reply{}, fmt.Errorf("read %s: %w", r.servers.path, err)
 	}
-	var last error
 	for _, name := range config.NameList(host) {
-		answer, err := r.both(ctx, config, name)
-		if err == nil {
-			return answer, nil
-		}
-		// A server that failed says nothing about the name: the fault is told,
-		// and not that the search list's other names do not exist.
-		if last == nil || !errors.Is(err, errNoAddress) {
-			last = err
-		}
-		if ctx.Err() != nil {
-			break
+		var found reply
+		found, err = r.both(ctx, config, name)
+		// Servers that failed say nothing about the name: to go on to the next
+		// one of the search list could find another host.
+		if !errors.Is(err, errNoAddress) {
+			return found, err
 		}
 	}
-	return Answer{}, last
+	return reply{}, err
 }
 
-// both asks for A and AAAA at the same time. One that fails takes the other's
-// addresses for less long.
-func (r *Resolver) both(ctx context.Context, config *dns.ClientConfig, name string) (Answer, error) {
-	type part struct {
-		addrs []netip.Addr
-		ttl   time.Duration
-		err   error
-	}
-	types := []uint16{dns.TypeA, dns.TypeAAAA}
-	parts := make([]part, len(types))
-	done := make(chan int, len(types))
+// A part is what asking for one kind of address ended with.
+type part struct {
+	addrs []netip.Addr
+	ttl   time.Duration
+	err   error
+}
+
+// failed tells a part that is not known from one that is empty.
+func (p part) failed() bool { return p.err != nil && !errors.Is(p.err, errNoAddress) }
+
+// both asks for A and AAAA at the same time.
+func (r *Resolver) both(ctx context.Context, config *dns.ClientConfig, name string) (reply, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	types := [...]uint16{dns.TypeA, dns.TypeAAAA}
+	var parts [len(types)]part
+	done := make(chan int)
 	for i, t := range types {
 		go func() {
-			var p part
+			p := &parts[i]
 			p.addrs, p.ttl, p.err = r.one(ctx, config, name, t)
-			parts[i] = p
 			done <- i
 		}()
 	}
-	for range types {
-		<-done
+	other := time.NewTimer(questionTimeout)
+	defer other.Stop()
+	for left := len(types); left > 0; {
+		select {
+		case i := <-done:
+			left--
+			if parts[i].err == nil {
+				other.Reset(otherWait)
+			}
+		case <-other.C:
+			cancel()
+		}
 	}
-	answer := Answer{}
+	return merge(parts[0], parts[1])
+}
+
+func merge(v4, v6 part) (reply, error) {
+	found := reply{no4: v4.failed(), no6: v6.failed()}
 	ttl := MaxTTL
-	var err error
-	for _, p := range parts {
-		switch {
-		case p.err == nil:
-			answer.Addrs = append(answer.Addrs, p.addrs...)
+	for _, p := range []part{v4, v6} {
+		if p.err == nil {
+			found.Addrs = append(found.Addrs, p.addrs...)
 			ttl = min(ttl, p.ttl)
-		case !errors.Is(p.err, errNoAddress):
-			err, ttl = p.err, MinTTL
 		}
 	}
-	if len(answer.Addrs) == 0 {
-		if err == nil {
-			err = errNoAddress
-		}
-		return Answer{}, err
+	switch {
+	case len(found.Addrs) > 0:
+	case found.no4:
+		return reply{}, v4.err
+	default:
+		return reply{}, v6.err
 	}
-	answer.Expires = time.Now().Add(max(ttl, MinTTL))
-	return answer, nil
+	if found.no4 || found.no6 {
+		ttl = MinTTL // the other kind may be had in a moment
+	}
+	found.Expires = time.Now().Add(max(ttl, MinTTL))
+	return found, nil
 }
 
 // one asks the servers in turn for one type of record.
 func (r *Resolver) one(ctx context.Context, config *dns.ClientConfig, name string, t uint16) ([]netip.Addr, time.Duration, error) {
+	timeout := r.timeout
+	if timeout <= 0 {
+		timeout = min(time.Duration(config.Timeout)*time.Second, maxTimeout)
+	}
+	m := new(dns.Msg)
+	m.SetQuestion(dns.Fqdn(name), t)
+	m.SetEdns0(udpSize, false)
 	var last error
 	for range max(config.Attempts, 1) {
 		for _, server := range config.Servers {
-			reply, err := r.exchange(ctx, net.JoinHostPort(server, config.Port), name, t)
+			answer, err := r.exchange(ctx, m, net.JoinHostPort(server, config.Port), timeout)
 			if err == nil {
-				return addresses(reply, t)
+				err = refusal(answer)
 			}
-			last = err
+			if err == nil {
+				return addresses(answer, t)
+			}
+			last = fmt.Errorf("ask %s: %w", server, err)
 			if ctx.Err() != nil {
 				return nil, 0, last
 			}
@@ -102,31 +137,49 @@ func (r *Resolver) one(ctx context.Context, config *dns.ClientConfig, name strin
 	return nil, 0, last
 }
 
-func (r *Resolver) exchange(ctx context.Context, server, name string, t uint16) (*dns.Msg, error) {
-	m := new(dns.Msg)
-	m.SetQuestion(dns.Fqdn(name), t)
-	m.SetEdns0(udpSize, false)
-	client := dns.Client{Timeout: r.timeout, UDPSize: udpSize}
-	reply, _, err := client.ExchangeContext(ctx, m, server)
-	if err == nil && reply.Truncated {
-		client.Net = "tcp"
-		reply, _, err = client.ExchangeContext(ctx, m, server)
+// refusal is the error of a server that does not know, as opposed to one that
+// knows that there is nothing.
+func refusal(m *dns.Msg) error {
+	if m.Rcode == dns.RcodeSuccess || m.Rcode == dns.RcodeNameError {
+		return nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("ask %s: %w", server, err)
-	}
-	if reply.Rcode != dns.RcodeSuccess && reply.Rcode != dns.RcodeNameError {
-		return nil, fmt.Errorf("ask %s: it answered %s", server, dns.RcodeToString[reply.Rcode])
-	}
-	return reply, nil
+	return fmt.Errorf("it answered %s", dns.RcodeToString[m.Rcode])
 }
 
-// addresses takes the addresses out of a reply. The name servers asked follow
+// overNetwork asks one server over UDP, and over TCP if the answer was cut.
+func overNetwork(ctx context.Context, m *dns.Msg, server string, timeout time.Duration) (*dns.Msg, error) {
+	client := dns.Client{Timeout: timeout, UDPSize: udpSize}
+	answer, err := exchange(ctx, &client, m, server)
+	if err == nil && answer.Truncated {
+		client.Net = "tcp"
+		answer, err = exchange(ctx, &client, m, server)
+	}
+	return answer, err
+}
+
+// exchange is the client's ExchangeContext, which heeds a context's deadline and
+// not that it was cancelled.
+func exchange(ctx context.Context, client *dns.Client, m *dns.Msg, server string) (*dns.Msg, error) {
+	conn, err := client.DialContext(ctx, server)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = conn.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+	answer, _, err := client.ExchangeWithConnContext(ctx, m, conn)
+	if err != nil && ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return answer, err
+}
+
+// addresses takes the addresses out of an answer. The name servers asked follow
 // aliases themselves; an alias that lives shorter than what it leads to decides.
-func addresses(reply *dns.Msg, t uint16) ([]netip.Addr, time.Duration, error) {
+func addresses(answer *dns.Msg, t uint16) ([]netip.Addr, time.Duration, error) {
 	var addrs []netip.Addr
 	ttl := MaxTTL
-	for _, rr := range reply.Answer {
+	for _, rr := range answer.Answer {
 		var ip net.IP
 		switch rr := rr.(type) {
 		case *dns.A:

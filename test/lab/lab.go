@@ -13,6 +13,7 @@ package lab
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -350,7 +351,7 @@ func (h *Host) ListenPacket(address string) (*net.UDPConn, error) {
 // HTTP is a client that connects from the host.
 func (h *Host) HTTP() *http.Client {
 	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
-		Dial:              h.Dial,
+		DialContext:       func(_ context.Context, network, address string) (net.Conn, error) { return h.Dial(network, address) },
 		DisableKeepAlives: true,
 	}}
 }

@@ -3,6 +3,7 @@ package lab
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -39,9 +40,7 @@ func (h *Host) StartSerf(name string, bind, advertise netip.Addr, more string) *
 		if err := json.Unmarshal([]byte(more), &extra); err != nil {
 			h.t.Fatal(err)
 		}
-		for k, v := range extra {
-			config[k] = v
-		}
+		maps.Copy(config, extra)
 	}
 	text, err := json.Marshal(config)
 	if err != nil {
