@@ -243,7 +243,7 @@ func TestCloseWriteIsPatient(t *testing.T) {
 		raw.Block()
 		done := make(chan error)
 		go func() { done <- dialed.CloseWrite() }()
-		time.Sleep(time.Minute) //nolint:forbidigo // the clock of a bubble
+		time.Sleep(time.Minute)
 		synctest.Wait()
 		select {
 		case err := <-done:

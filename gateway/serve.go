@@ -174,7 +174,7 @@ func (b *both) replay(peeked []byte, budget time.Duration) error {
 	if _, err := b.far.Write(peeked); err != nil {
 		return fmt.Errorf("send hello on: %w", err)
 	}
-	if err := errors.Join(b.far.SetDeadline(time.Time{}), b.Conn.SetDeadline(time.Time{})); err != nil {
+	if err := errors.Join(b.far.SetDeadline(time.Time{}), b.SetDeadline(time.Time{})); err != nil {
 		return fmt.Errorf("clear deadlines: %w", err)
 	}
 	return nil

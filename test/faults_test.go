@@ -144,6 +144,11 @@ func TestSilenceAgainstPlainRouting(t *testing.T) {
 		f.Swallow()
 	}
 	lab.Wait(30 * time.Second)
+	for i, f := range both {
+		if f.servers[0].agent.Sees("alive", f.nodes()...) == nil {
+			t.Errorf("network %d: 30 s of silence, and nobody has failed: this compares nothing", i)
+		}
+	}
 	back := time.Now()
 	for _, f := range both {
 		f.Return()

@@ -96,7 +96,7 @@ func TestCertificateFaults(t *testing.T) {
 			":12:15: ", "wanted alice.server.dc1.consul, server.dc1.consul; found amy.server.dc1.consul, server.dc1.consul, localhost",
 		}},
 		"readable key": {files(t, "alice", func(key string) {
-			if err := os.Chmod(key, 0o644); err != nil { //nolint:gosec // that is the fault
+			if err := os.Chmod(key, 0o644); err != nil {
 				t.Fatal(err)
 			}
 		}), []string{":13:15: ", "chmod"}},

@@ -82,3 +82,28 @@ func calls(f *ast.FuncDecl, name string) bool {
 	})
 	return found
 }
+
+// A test that lets time pass does so on the clock of a synctest bubble: tests
+// on the wall clock wait for a condition.
+func TestSleepIsForBubbles(t *testing.T) {
+	goFiles(t, true, func(_, file string) {
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bubbles := false
+		for _, i := range parsed.Imports {
+			bubbles = bubbles || i.Path.Value == `"testing/synctest"`
+		}
+		ast.Inspect(parsed, func(n ast.Node) bool {
+			sel, ok := n.(*ast.SelectorExpr)
+			if !ok || sel.Sel.Name != "Sleep" || bubbles {
+				return true
+			}
+			if pkg, ok := sel.X.(*ast.Ident); ok && pkg.Name == "time" {
+				t.Errorf("%s sleeps and has no synctest bubble", file)
+			}
+			return true
+		})
+	})
+}

@@ -32,8 +32,9 @@ import (
 )
 
 const (
-	// MinTTL and MaxTTL bound how long an answer is kept, whatever it says.
+	// MinTTL is how long an answer is kept at least, whatever it says.
 	MinTTL = time.Second
+	// MaxTTL is how long an answer is kept at most.
 	MaxTTL = 5 * time.Minute
 
 	// askEvery is how often a name is asked for again at most because of Forget

@@ -21,7 +21,7 @@ func TestFirstThenOneInTenSeconds(t *testing.T) {
 		if _, ok := s.Allow("b"); !ok {
 			t.Error("another key was held back")
 		}
-		time.Sleep(Every) //nolint:forbidigo // the clock of a bubble
+		time.Sleep(Every)
 		if left, ok := s.Allow("a"); !ok || left != 3 {
 			t.Errorf("after ten seconds: %d, %v, want 3, true", left, ok)
 		}
@@ -40,7 +40,7 @@ func TestKeysAreBounded(t *testing.T) {
 		if len(s.keys) > MaxKeys+1 || allowed != MaxKeys+1 {
 			t.Errorf("%d keys kept, %d lines allowed, want %d of each", len(s.keys), allowed, MaxKeys+1)
 		}
-		time.Sleep(Every) //nolint:forbidigo // the clock of a bubble
+		time.Sleep(Every)
 		if _, ok := s.Allow("new"); !ok || len(s.keys) > MaxKeys {
 			t.Errorf("old keys were not forgotten: %d kept", len(s.keys))
 		}
