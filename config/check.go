@@ -1,10 +1,13 @@
 package config
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -53,8 +56,8 @@ func badLabels(s string) string {
 			return bad
 		}
 	}
-	if len(s) > 200 { // room for .server.<dc>.<domain> in 253
-		return fmt.Sprintf("has %d characters, at most 200 are allowed", len(s))
+	if len(s) > maxName {
+		return fmt.Sprintf("has %d characters, at most %d are allowed", len(s), maxName)
 	}
 	return ""
 }
@@ -66,14 +69,32 @@ func (d *decoder) labels(what, s string, at hcl.Range) {
 	}
 }
 
+// maxName bounds a DNS name in its text form (RFC 1035 section 2.3.4).
+const maxName = 253
+
+// The roles that a certificate's names tell.
+const (
+	roleServer  = "server"
+	roleGateway = "gateway"
+)
+
+// fits checks that the name of a node, which is well by itself, can be put
+// together.
+func (d *decoder) fits(node, role, datacenter, domain string, at hcl.Range) {
+	name := node + "." + role + "." + datacenter + "." + domain
+	if badLabels(node) == "" && badLabel(datacenter) == "" && badLabels(domain) == "" && len(name) > maxName {
+		d.fault(at, fmt.Sprintf("at most %d are allowed", maxName), "the name %s has %d characters", name, len(name))
+	}
+}
+
 // identity reads the three names that a certificate carries.
 func (b *block) identity(domainDefault string) (datacenter, domain string) {
 	datacenter, at := b.required("datacenter", "dc1")
-	if datacenter != "" {
+	if at.ok {
 		b.d.datacenterName(datacenter, at.at)
 	}
 	domain, at = b.text("domain")
-	if !at.set {
+	if !at.ok {
 		return datacenter, domainDefault
 	}
 	b.d.labels("domain", domain, at.at)
@@ -83,9 +104,8 @@ func (b *block) identity(domainDefault string) (datacenter, domain string) {
 // ip reads an address that stands for one host; the zero Addr where it is not
 // set or faulty.
 func (b *block) ip(key, wildcardHint string) (netip.Addr, value) {
-	before := len(b.d.faults)
 	s, at := b.text(key)
-	if !at.set || len(b.d.faults) > before {
+	if !at.ok {
 		return netip.Addr{}, at
 	}
 	a, err := netip.ParseAddr(s)
@@ -96,6 +116,9 @@ func (b *block) ip(key, wildcardHint string) (netip.Addr, value) {
 	case a.Zone() != "" || a.Is4In6():
 		b.d.fault(at.at, "write it without a zone or mapping", "%s%s is %q", key, b.in(), s)
 		return netip.Addr{}, at
+	case a.IsMulticast():
+		b.d.fault(at.at, "give the address of one server", "%s%s is %s, which stands for a group", key, b.in(), s)
+		return netip.Addr{}, at
 	case a.IsUnspecified():
 		b.d.fault(at.at, wildcardHint, "%s%s is %s, which stands for every address", key, b.in(), s)
 		return netip.Addr{}, at
@@ -103,45 +126,65 @@ func (b *block) ip(key, wildcardHint string) (netip.Addr, value) {
 	return a, at
 }
 
-// hostPort completes and checks an address of Culvert's own.
-func (d *decoder) hostPort(what, s, port string, at hcl.Range) string {
-	full := s
-	if _, _, err := net.SplitHostPort(s); err != nil {
-		full = net.JoinHostPort(strings.Trim(s, "[]"), port)
-	}
-	host, p, err := net.SplitHostPort(full)
+// A use says what an address of Culvert's own is for.
+type use struct {
+	port    string // where it names none; "" if it has to
+	listens bool   // every address of the host and a free port will do
+}
+
+// hostPort completes and checks an address of Culvert's own; "" if it is faulty.
+func (d *decoder) hostPort(what, s string, u use, at hcl.Range) string {
+	host, port, err := splitHostPort(s, u.port)
 	if err == nil {
-		err = badHost(host)
+		host, err = u.host(host)
 	}
 	if err == nil {
-		err = badPort(p)
+		port, err = u.number(port)
 	}
 	if err != nil {
-		d.fault(at, fmt.Sprintf("write it as host:port, such as 10.71.0.1:%s", port), "%s is %q: %v", what, s, err)
+		d.fault(at, "write it as host:port, such as 10.71.0.1:"+cmp.Or(u.port, "8300"), "%s is %q: %v", what, s, err)
 		return ""
 	}
-	return full
+	return net.JoinHostPort(host, port)
 }
 
-func badHost(host string) error {
-	if _, err := netip.ParseAddr(host); err == nil {
-		return nil
+func splitHostPort(s, port string) (string, string, error) {
+	if host, p, err := net.SplitHostPort(s); err == nil {
+		return host, p, nil
+	}
+	if inner, ok := strings.CutPrefix(s, "["); ok {
+		if s, ok = strings.CutSuffix(inner, "]"); !ok {
+			return "", "", errors.New("a bracket is missing")
+		}
+	}
+	if port == "" {
+		return "", "", errors.New("it has no port")
+	}
+	return s, port, nil
+}
+
+func (u use) host(host string) (string, error) {
+	if a, err := netip.ParseAddr(host); err == nil {
+		if a.IsUnspecified() && !u.listens {
+			return "", errors.New("it stands for every address, and one is needed to dial")
+		}
+		return a.String(), nil
 	}
 	if bad := badLabels(strings.TrimSuffix(strings.ToLower(host), ".")); bad != "" {
-		return fmt.Errorf("the host %s", bad)
+		return "", fmt.Errorf("the host %s", bad)
 	}
 	if digits.MatchString(host) {
-		return fmt.Errorf("%s is no IP address", host)
+		return "", fmt.Errorf("%s is no IP address", host)
 	}
-	return nil
+	return host, nil
 }
 
-func badPort(p string) error {
-	n, err := strconv.ParseUint(p, 10, 16)
-	if err != nil || n == 0 && p != "0" {
-		return fmt.Errorf("the port %q is not a number from 1 to 65535", p)
+func (u use) number(port string) (string, error) {
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 && !u.listens {
+		return "", fmt.Errorf("the port %q is not a number from 1 to 65535", port)
 	}
-	return nil
+	return strconv.FormatUint(n, 10), nil
 }
 
 var (
@@ -150,36 +193,36 @@ var (
 )
 
 // address reads an address of Culvert's own. A flag wins over it.
-func (b *block) address(key, port, override, flagName string) (string, value) {
+func (b *block) address(key string, u use, override, flagName string) (string, value) {
 	s, at := b.text(key)
+	full := ""
+	if at.ok {
+		full = b.d.hostPort(key+b.in(), s, u, at.at)
+	}
 	if override != "" {
-		return b.d.hostPort(flagName, override, port, flag(flagName)), value{at: flag(flagName), set: true}
+		return b.d.hostPort("the address", override, u, flag(flagName)), value{at: flag(flagName), set: true, ok: true}
 	}
-	if !at.set || s == "" {
-		if at.set && s == "" {
-			b.d.fault(at.at, "write it as host:port", "%s%s is empty", key, b.in())
-		}
-		return "", at
-	}
-	return b.d.hostPort(key+b.in(), s, port, at.at), at
+	return full, at
 }
 
-// gatewayList reads a list of gateways.
+// gatewayList reads a list of gateways. One in which everything is faulty
+// counts as a gateway, so that what follows from it is not told as well.
 func (b *block) gatewayList() []string {
+	before := len(b.d.faults)
 	items, _ := b.list("gateways")
 	var out []string
-	seen := make(map[string]bool)
 	for _, it := range items {
-		address := b.d.hostPort("a gateway"+b.in(), it.text, defaultPort, it.at)
-		if address == "" {
-			continue
-		}
-		if seen[address] {
+		address := b.d.hostPort("a gateway"+b.in(), it.text, use{port: defaultPort}, it.at)
+		switch {
+		case address == "":
+		case slices.Contains(out, address):
 			b.d.fault(it.at, "take one away", "the gateway %s is given twice%s", address, b.in())
-			continue
+		default:
+			out = append(out, address)
 		}
-		seen[address] = true
-		out = append(out, address)
+	}
+	if out == nil && len(b.d.faults) > before {
+		return []string{""}
 	}
 	return out
 }
@@ -189,18 +232,18 @@ func (b *block) listen(l *Listen, passthrough bool) {
 	o := b.d.o.Overrides
 	found := b.one("listen", func(in *block) {
 		var at value
-		l.Address, at = in.address("address", defaultPort, o.Listen, "--listen")
+		l.Address, at = in.address("address", use{defaultPort, true}, o.Listen, "--listen")
 		if !at.set {
 			b.d.fault(in.at, `add address = "10.71.0.11:8443"`, "address is missing in listen")
 		}
 		if passthrough {
-			l.Passthrough, _ = in.address("passthrough", "", "", "")
+			l.Passthrough, _ = in.address("passthrough", use{}, "", "")
 		}
 	})
 	switch {
 	case found != nil:
 	case o.Listen != "":
-		l.Address = b.d.hostPort("--listen", o.Listen, defaultPort, flag("--listen"))
+		l.Address = b.d.hostPort("the address", o.Listen, use{defaultPort, true}, flag("--listen"))
 	default:
 		b.d.fault(b.at, `add listen { address = "10.71.0.11:8443" }`, "the listen block is missing")
 	}
@@ -208,9 +251,9 @@ func (b *block) listen(l *Listen, passthrough bool) {
 
 func (b *block) admin(a *Admin) {
 	o := b.d.o.Overrides
-	found := b.one("admin", func(in *block) { a.Address, _ = in.address("address", defaultAdminPort, o.Admin, "--admin") })
+	found := b.one("admin", func(in *block) { a.Address, _ = in.address("address", use{defaultAdminPort, true}, o.Admin, "--admin") })
 	if found == nil && o.Admin != "" {
-		a.Address = b.d.hostPort("--admin", o.Admin, defaultAdminPort, flag("--admin"))
+		a.Address = b.d.hostPort("the address", o.Admin, use{defaultAdminPort, true}, flag("--admin"))
 	}
 	if a.Address == "" {
 		a.Address = defaultAdmin
@@ -224,22 +267,18 @@ func (b *block) log(l *Log) {
 		l.Level, _ = in.oneOf("level", "info", levels...)
 		l.Format, _ = in.oneOf("format", "", formats...)
 	})
-	for _, f := range []struct {
-		name, value string
-		words       []string
-		to          *string
-	}{{"--log-level", b.d.o.Overrides.LogLevel, levels, &l.Level}, {"--log-format", b.d.o.Overrides.LogFormat, formats, &l.Format}} {
-		if f.value == "" {
-			continue
-		}
-		*f.to = f.value
-		for _, w := range f.words {
-			if w == f.value {
-				f.value = ""
-			}
-		}
-		if f.value != "" {
-			b.d.fault(flag(f.name), didYouMean(f.value, f.words), "%q is given", f.value)
-		}
+	o := b.d.o.Overrides
+	b.d.word("--log-level", o.LogLevel, levels, &l.Level)
+	b.d.word("--log-format", o.LogFormat, formats, &l.Format)
+}
+
+// word takes a flag that is one of a closed set.
+func (d *decoder) word(name, given string, words []string, to *string) {
+	switch {
+	case given == "":
+	case slices.Contains(words, given):
+		*to = given
+	default:
+		d.fault(flag(name), didYouMean(given, words), "%q is given", given)
 	}
 }

@@ -394,34 +394,3 @@ func TestUsed(t *testing.T) {
 		t.Errorf("got %v, %v, want %v", got, err, want)
 	}
 }
-
-// FuzzLoad: whatever the file holds, reading it does not panic; it ends in a
-// configuration or in faults, and never in both or neither; and each fault has
-// words.
-func FuzzLoad(f *testing.F) {
-	f.Add(goodSidecar)
-	f.Add(goodGateway)
-	f.Add(`server "x" { server = [ env(hostname()), -1, null ] }`)
-	f.Fuzz(func(t *testing.T, text string) {
-		file := write(t, text)
-		s, sErr := LoadSidecar(file, options())
-		g, gErr := LoadGateway(file, options())
-		for _, r := range []struct {
-			none bool
-			err  error
-		}{{s == nil, sErr}, {g == nil, gErr}} {
-			if r.none != (r.err != nil) {
-				t.Fatalf("a result and an error, or neither: %v", r.err)
-			}
-			faults, ok := errors.AsType[Faults](r.err)
-			if r.err != nil && (!ok || len(faults) == 0) {
-				t.Fatalf("an error that is no faults: %v", r.err)
-			}
-			for _, fault := range faults {
-				if fault.Summary == "" {
-					t.Fatalf("a fault without words: %+v", fault)
-				}
-			}
-		}
-	})
-}

@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"os"
 	"slices"
@@ -20,16 +21,20 @@ const maxFile = 16 << 20
 // A decoder reads one file and collects its faults.
 type decoder struct {
 	file   string
+	src    []byte
 	o      Options
 	faults Faults
-	asked  func(path string) // for tests: each attribute that is looked for
+	// anyProfile: server.profile is faulty, and so it is not known which
+	// services there are.
+	anyProfile bool
+	asked      func(path string) // for tests: each attribute that is looked for
 }
 
 // open parses a file. The error is for a file in which nothing can be looked
 // at; other faults are collected.
 func open(file string, o Options) (*decoder, *block, error) {
-	d := &decoder{file: file, o: o}
 	src, err := readFile(file)
+	d := &decoder{file: file, src: src, o: o}
 	if err != nil {
 		return nil, nil, Faults{{File: file, Summary: err.Error(), Hint: "give the path of a configuration file"}}
 	}
@@ -53,21 +58,28 @@ func open(file string, o Options) (*decoder, *block, error) {
 }
 
 func readFile(file string) ([]byte, error) {
-	st, err := os.Stat(file)
-	if err != nil {
-		if path, ok := errors.AsType[*os.PathError](err); ok {
-			err = path.Err // the path stands before the fault already
-		}
-		return nil, fmt.Errorf("read the file: %w", err)
+	src, err := readAtMost(file, maxFile)
+	if path, ok := errors.AsType[*os.PathError](err); ok {
+		err = path.Err // the path stands before the fault already
 	}
-	if st.Size() > maxFile {
-		return nil, fmt.Errorf("read the file: %d bytes, at most %d", st.Size(), maxFile)
-	}
-	src, err := os.ReadFile(file)
 	if err != nil {
 		return nil, fmt.Errorf("read the file: %w", err)
 	}
 	return src, nil
+}
+
+// readAtMost does not ask for the size first: a device or a pipe tells none.
+func readAtMost(file string, limit int64) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }() // only read from
+	src, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(src)) > limit {
+		err = fmt.Errorf("more than %d bytes", limit)
+	}
+	return src, err
 }
 
 func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
@@ -89,7 +101,9 @@ type block struct {
 	label string
 	body  *hclsyntax.Body
 	at    hcl.Range // where it begins
-	named hcl.Range // of the label
+	named hcl.Range // of the label; of the block's type where there is none
+
+	noLabel bool // it should have a label, which has been told
 
 	keys  []string // known attributes
 	kinds []string // known blocks
@@ -106,6 +120,7 @@ func (b *block) in() string {
 type value struct {
 	at  hcl.Range // of the value; of the block where there is none
 	set bool
+	ok  bool // of the type that was wanted
 }
 
 // eval returns the value of an attribute, and notes what keeps it from having
@@ -121,12 +136,16 @@ func (b *block) eval(key string) (cty.Value, value) {
 	}
 	at := attr.Expr.Range()
 	if bad := notLiteral(attr.Expr); bad != nil {
-		b.d.fault(bad.Range(), `values are literals, env("NAME") and hostname()`, "%s is an expression", key)
+		b.d.expression(key, bad)
 		return cty.NilVal, value{at: at, set: true}
 	}
 	v, diags := attr.Expr.Value(&hcl.EvalContext{Functions: b.d.functions()})
 	for _, diag := range diags {
-		b.d.fault(at, "", "%s: %s", key, oneLine(diag.Detail))
+		where := at
+		if diag.Subject != nil {
+			where = *diag.Subject
+		}
+		b.d.fault(where, "", "%s: %s", key, oneLine(diag.Detail))
 	}
 	if diags.HasErrors() || !v.IsWhollyKnown() {
 		return cty.NilVal, value{at: at, set: true}
@@ -134,14 +153,29 @@ func (b *block) eval(key string) (cty.Value, value) {
 	return v, value{at: at, set: true}
 }
 
+// expression notes a value that is more than a literal or a function call.
+func (d *decoder) expression(key string, bad hclsyntax.Expression) {
+	hint := `values are literals, env("NAME") and hostname()`
+	if word, ok := bad.(*hclsyntax.ScopeTraversalExpr); ok && len(word.Traversal) == 1 {
+		hint = fmt.Sprintf("write %q, in quotes", word.Traversal.RootName())
+	}
+	d.fault(bad.Range(), hint, "%s is an expression", key)
+}
+
 // notLiteral returns the part of an expression that is more than a literal or a
-// function call.
+// function call. Where HCL would convert between numbers, truth values and
+// text, in templates and operators, it takes what needs no conversion alone.
 func notLiteral(e hclsyntax.Expression) hclsyntax.Expression {
 	var parts []hclsyntax.Expression
 	switch e := e.(type) {
 	case *hclsyntax.LiteralValueExpr:
 	case *hclsyntax.TemplateExpr:
 		parts = e.Parts
+		for _, p := range parts {
+			if lit, ok := p.(*hclsyntax.LiteralValueExpr); ok && !lit.Val.Type().Equals(cty.String) {
+				return p
+			}
+		}
 	case *hclsyntax.TemplateWrapExpr:
 		parts = []hclsyntax.Expression{e.Wrapped}
 	case *hclsyntax.TupleConsExpr:
@@ -149,7 +183,9 @@ func notLiteral(e hclsyntax.Expression) hclsyntax.Expression {
 	case *hclsyntax.FunctionCallExpr:
 		parts = e.Args
 	case *hclsyntax.UnaryOpExpr:
-		parts = []hclsyntax.Expression{e.Val}
+		if lit, ok := e.Val.(*hclsyntax.LiteralValueExpr); !ok || e.Op != hclsyntax.OpNegate || !lit.Val.Type().Equals(cty.Number) {
+			return e
+		}
 	default:
 		return e
 	}
@@ -173,6 +209,9 @@ func (d *decoder) functions() map[string]function.Function {
 	}
 	return map[string]function.Function{
 		"env": text(func(args []cty.Value) (string, error) {
+			if !args[0].Type().Equals(cty.String) {
+				return "", function.NewArgErrorf(0, "the name must be a string")
+			}
 			name := args[0].AsString()
 			if d.o.Env != nil {
 				if v, ok := d.o.Env(name); ok {
@@ -180,7 +219,7 @@ func (d *decoder) functions() map[string]function.Function {
 				}
 			}
 			return "", fmt.Errorf("the environment variable %s is not set", name)
-		}, function.Parameter{Name: "name", Type: cty.String}),
+		}, function.Parameter{Name: "name", Type: cty.DynamicPseudoType}), // HCL would convert to a string
 		"hostname": text(func([]cty.Value) (string, error) {
 			if d.o.Hostname == nil {
 				return "", errors.New("the host's name is not known")
@@ -190,20 +229,21 @@ func (d *decoder) functions() map[string]function.Function {
 	}
 }
 
-// typed notes a value of another type than is wanted.
-func (b *block) typed(key string, v cty.Value, at value, want cty.Type, called, example string) bool {
+// typed evaluates an attribute and notes a value of another type than is wanted.
+func (b *block) typed(key string, want cty.Type, called, example string) (cty.Value, value) {
+	v, at := b.eval(key)
 	if v == cty.NilVal {
-		return false
+		return v, at
 	}
-	if v.IsNull() || !v.Type().Equals(want) {
-		got := v.Type().FriendlyName()
-		if v.IsNull() {
-			got = "null"
+	at.ok = !v.IsNull() && v.Type().Equals(want)
+	if !at.ok {
+		got := "null"
+		if !v.IsNull() {
+			got = article(v.Type().FriendlyName())
 		}
-		b.d.fault(at.at, "write "+example, "%s%s is %s, want %s", key, b.in(), article(got), called)
-		return false
+		b.d.fault(at.at, "write "+example, "%s%s is %s, want %s", key, b.in(), got, called)
 	}
-	return true
+	return v, at
 }
 
 func article(noun string) string {
@@ -215,25 +255,29 @@ func article(noun string) string {
 
 // text reads a string; "" where it is not set or faulty.
 func (b *block) text(key string) (string, value) {
-	v, at := b.eval(key)
-	if !b.typed(key, v, at, cty.String, "a string", key+` = "..."`) {
+	v, at := b.typed(key, cty.String, "a string", key+` = "..."`)
+	if !at.ok {
 		return "", at
 	}
 	return v.AsString(), at
 }
 
-// required reads a string that must be there.
+// required reads a string that must be there and not be empty.
 func (b *block) required(key, example string) (string, value) {
 	s, at := b.text(key)
-	if !at.set {
+	switch {
+	case !at.set:
 		b.d.fault(b.at, fmt.Sprintf("add %s = %q", key, example), "%s is missing%s", key, b.in())
+	case at.ok && s == "":
+		b.d.fault(at.at, fmt.Sprintf("write %s = %q", key, example), "%s%s is empty", key, b.in())
+		at.ok = false
 	}
 	return s, at
 }
 
 func (b *block) boolean(key string, def bool) bool {
-	v, at := b.eval(key)
-	if !at.set || !b.typed(key, v, at, cty.Bool, "true or false", key+" = true") {
+	v, at := b.typed(key, cty.Bool, "true or false", key+" = true")
+	if !at.ok {
 		return def
 	}
 	return v.True()
@@ -241,13 +285,15 @@ func (b *block) boolean(key string, def bool) bool {
 
 // number reads a whole number within limits; 0 where it is not set or faulty.
 func (b *block) number(key string, low, high int64) (int64, value) {
-	v, at := b.eval(key)
-	if !b.typed(key, v, at, cty.Number, "a number", fmt.Sprintf("%s = %d", key, low)) {
+	v, at := b.typed(key, cty.Number, "a number", fmt.Sprintf("%s = %d", key, low))
+	if !at.ok {
 		return 0, at
 	}
 	n, accuracy := v.AsBigFloat().Int64()
 	if accuracy != big.Exact || n < low || n > high {
-		b.d.fault(at.at, fmt.Sprintf("a whole number from %d to %d", low, high), "%s%s is %s", key, b.in(), v.AsBigFloat().Text('f', -1))
+		// As it was written: 1e600000000 would have as many digits.
+		b.d.fault(at.at, fmt.Sprintf("a whole number from %d to %d", low, high), "%s%s is %s", key, b.in(), oneLine(string(at.at.SliceBytes(b.d.src))))
+		at.ok = false
 		return 0, at
 	}
 	return n, at
@@ -279,19 +325,19 @@ func (b *block) list(key string) ([]item, value) {
 		}
 		out = append(out, item{e.AsString(), at})
 	}
+	at.ok = true
 	return out, at
 }
 
 // oneOf reads a word of a closed set; def where it is not set or faulty.
 func (b *block) oneOf(key, def string, words ...string) (string, value) {
-	before := len(b.d.faults)
 	s, at := b.text(key)
-	switch {
-	case !at.set || len(b.d.faults) > before:
-	case slices.Contains(words, s):
+	if slices.Contains(words, s) {
 		return s, at
-	default:
+	}
+	if at.ok {
 		b.d.fault(at.at, didYouMean(s, words), "%s%s is %q", key, b.in(), s)
+		at.ok = false
 	}
 	return def, at
 }
@@ -335,6 +381,7 @@ func (b *block) blocks(kind string, labelled bool) []*block {
 		switch {
 		case labelled && len(labels) == 0:
 			b.d.fault(hb.TypeRange, fmt.Sprintf("write %s \"NAME\" { ... }", kind), "%s has no label", kind)
+			one.noLabel = true
 		case labelled:
 			one.label, one.named = labels[0], hb.LabelRanges[0]
 			one.name = fmt.Sprintf("%s %q", kind, one.label)
@@ -354,7 +401,7 @@ func (b *block) finish() {
 		if slices.Contains(b.keys, key) {
 			continue
 		}
-		hint := didYouMean(key, append(slices.Clone(b.keys), b.kinds...))
+		hint := didYouMean(key, slices.Concat(b.keys, b.kinds))
 		if slices.Contains(b.kinds, key) {
 			hint = fmt.Sprintf("write %s { ... }, without =", key)
 		}
@@ -364,7 +411,7 @@ func (b *block) finish() {
 		if slices.Contains(b.kinds, hb.Type) {
 			continue
 		}
-		hint := didYouMean(hb.Type, append(slices.Clone(b.kinds), b.keys...))
+		hint := didYouMean(hb.Type, slices.Concat(b.kinds, b.keys))
 		if slices.Contains(b.keys, hb.Type) {
 			hint = fmt.Sprintf("write %s = ...", hb.Type)
 		}

@@ -54,8 +54,8 @@ func (fs Faults) sorted() Faults {
 // fault notes something wrong at a place.
 func (d *decoder) fault(at hcl.Range, hint, format string, args ...any) {
 	f := Fault{File: d.file, Line: at.Start.Line, Column: at.Start.Column, Summary: fmt.Sprintf(format, args...), Hint: hint}
-	if strings.HasPrefix(at.Filename, "--") {
-		f.File, f.Line, f.Column = at.Filename, 0, 0
+	if at.Start.Line == 0 { // a flag has no lines
+		f.File = at.Filename
 	}
 	d.faults = append(d.faults, f)
 }

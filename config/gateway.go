@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"slices"
 )
 
@@ -9,11 +10,13 @@ func (d *decoder) gateway(root *block) *Gateway {
 	g := &Gateway{}
 	g.Datacenter, g.Domain = root.identity("consul")
 	d.gatewayNode(root, g)
-	d.domains(root, g)
+	listed := d.domains(root, g)
 	root.listen(&g.Listen, false)
-	d.gatewaySidecars(root, g)
+	d.gatewaySidecars(root, g, listed)
 	root.many("datacenter", func(b *block) {
-		d.datacenterName(b.label, b.named)
+		if !b.noLabel {
+			d.datacenterName(b.label, b.named)
+		}
 		dc := Datacenter{Name: b.label, Gateways: b.gatewayList()}
 		if len(dc.Gateways) == 0 {
 			d.fault(b.at, `add gateways = ["203.0.113.7:8443"]`, "%s has no gateways", b.name)
@@ -21,13 +24,14 @@ func (d *decoder) gateway(root *block) *Gateway {
 		switch {
 		case b.label == g.Datacenter && b.label != "":
 			d.fault(b.named, "sidecars of the own datacenter have sidecar blocks", "%s is this gateway's own", b.name)
+		case b.noLabel:
 		case slices.ContainsFunc(g.Datacenters, func(o Datacenter) bool { return o.Name == b.label }):
 			d.fault(b.named, "give each datacenter one block", "%s is given twice", b.name)
 		default:
 			g.Datacenters = append(g.Datacenters, dc)
 		}
 	})
-	root.one("tls", func(b *block) { d.tls(b, &g.TLS, g.Datacenter, g.Node, g.Domain, "gateway") })
+	root.one("tls", func(b *block) { d.tls(b, &g.TLS, g.Datacenter, g.Node, g.Domain, roleGateway) })
 	d.federation(root)
 	root.admin(&g.Admin)
 	root.log(&g.Log)
@@ -38,25 +42,33 @@ func (d *decoder) gateway(root *block) *Gateway {
 func (d *decoder) gatewayNode(root *block, g *Gateway) {
 	var at value
 	if g.Node, at = root.text("node"); at.set {
-		d.labels("node", g.Node, at.at)
+		if at.ok {
+			d.labels("node", g.Node, at.at)
+			d.fits(g.Node, roleGateway, g.Datacenter, g.Domain, at.at)
+		}
 		return
 	}
-	if d.o.Hostname == nil {
-		return
+	name, bad := "", "is not known"
+	if d.o.Hostname != nil {
+		if host, err := d.o.Hostname(); err == nil {
+			name, bad = host, badLabels(host)
+		}
 	}
-	name, err := d.o.Hostname()
-	if err != nil || badLabels(name) != "" {
-		d.fault(root.at, `add node = "gw1"`, "node is missing, and the host's name %q cannot stand for it", name)
+	if bad != "" {
+		d.fault(root.at, `add node = "gw1"`, "node is missing, and the host's name %q %s", name, bad)
 		return
 	}
 	g.Node = name
+	d.fits(g.Node, roleGateway, g.Datacenter, g.Domain, root.at)
 }
 
-func (d *decoder) domains(root *block, g *Gateway) {
+// domains reads the domains that are routed, and tells whether all are known.
+func (d *decoder) domains(root *block, g *Gateway) bool {
+	before := len(d.faults)
 	items, at := root.list("domains")
 	if !at.set {
 		g.Domains = []string{g.Domain}
-		return
+		return true
 	}
 	for _, it := range items {
 		d.labels("domain", it.text, it.at)
@@ -66,33 +78,48 @@ func (d *decoder) domains(root *block, g *Gateway) {
 		}
 		g.Domains = append(g.Domains, it.text)
 	}
-	if len(items) == 0 {
+	if at.ok && len(items) == 0 {
 		d.fault(at.at, `leave it out, or write domains = ["consul"]`, "domains is empty")
 	}
+	return len(d.faults) == before
 }
 
-func (d *decoder) gatewaySidecars(root *block, g *Gateway) {
+func (d *decoder) gatewaySidecars(root *block, g *Gateway, listed bool) {
 	root.many("sidecar", func(b *block) {
-		s := GatewaySidecar{Node: b.label, Domain: g.Domain}
-		if b.label != "" {
+		s := GatewaySidecar{Node: b.label}
+		if !b.noLabel {
 			d.labels("sidecar", b.label, b.named)
 		}
 		var at value
-		if s.Address, at = b.address("address", defaultPort, "", ""); !at.set {
+		if s.Address, at = b.address("address", use{port: defaultPort}, "", ""); !at.set {
 			d.fault(b.at, `add address = "10.71.0.11:8443"`, "address is missing%s", b.in())
 		}
-		if domain, at := b.text("domain"); at.set {
-			s.Domain = domain
-			if !slices.Contains(g.Domains, domain) {
-				d.fault(at.at, didYouMean(domain, g.Domains)+" (domains lists those that this gateway routes)", "domain%s is %q", b.in(), domain)
-			}
-		} else if len(g.Domains) > 0 && !slices.Contains(g.Domains, g.Domain) {
-			s.Domain = g.Domains[0]
-		}
-		if slices.ContainsFunc(g.Sidecars, func(o GatewaySidecar) bool { return o.Node == s.Node && o.Domain == s.Domain }) {
+		s.Domain = d.sidecarDomain(b, g, listed)
+		d.fits(s.Node, roleServer, g.Datacenter, s.Domain, b.named)
+		if !b.noLabel && slices.ContainsFunc(g.Sidecars, func(o GatewaySidecar) bool { return o.Node == s.Node && o.Domain == s.Domain }) {
 			d.fault(b.named, "one block for each sidecar and domain", "%s of domain %q is given twice", b.name, s.Domain)
 			return
 		}
 		g.Sidecars = append(g.Sidecars, s)
 	})
+}
+
+// sidecarDomain reads the domain of a sidecar block. It has to be there where
+// domains leaves a choice.
+func (d *decoder) sidecarDomain(b *block, g *Gateway, listed bool) string {
+	domain, at := b.text("domain")
+	switch {
+	case at.ok && listed && !slices.Contains(g.Domains, domain):
+		d.fault(at.at, didYouMean(domain, g.Domains)+" (domains lists those that this gateway routes)", "domain%s is %q", b.in(), domain)
+	case at.set || !listed || slices.Contains(g.Domains, g.Domain):
+	case len(g.Domains) == 1:
+		return g.Domains[0]
+	default:
+		d.fault(b.at, fmt.Sprintf("add domain = %q, or another of domains", g.Domains[0]),
+			"domain is missing%s, and domains lacks this gateway's own, %q", b.in(), g.Domain)
+	}
+	if at.ok {
+		return domain
+	}
+	return g.Domain
 }

@@ -25,23 +25,24 @@ func (d *decoder) peers(root *block, s *Sidecar) []placedPeer {
 	root.many("peer", func(b *block) {
 		p := placedPeer{at: b.named, needsAt: b.at}
 		p.Node = b.label
-		if b.label != "" {
+		if !b.noLabel {
 			d.labels("peer", b.label, b.named)
 		}
 		var at value
-		if p.Datacenter, at = b.required("datacenter", "dc2"); p.Datacenter != "" {
+		if p.Datacenter, at = b.required("datacenter", "dc2"); at.ok {
 			d.datacenterName(p.Datacenter, at.at)
 		}
+		d.fits(p.Node, roleServer, p.Datacenter, s.Domain, b.named)
 		p.Advertise, at = b.ip("advertise", wildcardPeer)
 		if !at.set {
 			d.fault(b.at, `add advertise = "127.77.2.1"`, "advertise is missing%s", b.in())
 		}
 		d.advertised(b, p, at.at, s, taken)
-		p.Address, _ = b.address("address", defaultPort, "", "")
+		p.Address, _ = b.address("address", use{port: defaultPort}, "", "")
 		switch {
 		case p.Datacenter == s.Datacenter && p.Node == s.Node && p.Node != "":
 			d.fault(b.named, "a peer is another server: take the block away", "%s has this sidecar's own datacenter and name", b.name)
-		case slices.ContainsFunc(out, func(o placedPeer) bool { return o.Datacenter == p.Datacenter && o.Node == p.Node }):
+		case p.Node != "" && slices.ContainsFunc(out, func(o placedPeer) bool { return o.Datacenter == p.Datacenter && o.Node == p.Node }):
 			d.fault(b.named, "names are unique in a datacenter", "peer %s/%s is given twice", p.Datacenter, p.Node)
 		}
 		out = append(out, p)
@@ -61,6 +62,13 @@ func (d *decoder) advertised(b *block, p placedPeer, at hcl.Range, s *Sidecar, t
 		d.fault(at, "each server needs an address of its own, the same in all datacenters", "advertise%s is %s, which is that of %s", b.in(), p.Advertise, other)
 		return
 	}
+	for _, sv := range s.Services {
+		// The peer's endpoint could not be bound.
+		if sv.Local == netip.AddrPortFrom(p.Advertise, sv.Port) {
+			d.fault(at, "give it the address that the peer advertises, not this server's", "advertise%s is %s, where this server listens itself (%s)", b.in(), p.Advertise, sv.Local)
+			break
+		}
+	}
 	taken[p.Advertise] = fmt.Sprintf("%s/%s", p.Datacenter, p.Node)
 	if own := s.Server.Advertise; own.IsValid() && own.Is4() != p.Advertise.Is4() {
 		d.fault(at, "servers that gossip with each other use one family", "advertise%s is %s and this server's is %s: IPv4 and IPv6", b.in(), p.Advertise, own)
@@ -72,15 +80,18 @@ func (d *decoder) advertised(b *block, p placedPeer, at hcl.Range, s *Sidecar, t
 func (d *decoder) datacenters(root *block, s *Sidecar, peers []placedPeer) {
 	root.many("datacenter", func(b *block) {
 		dc := Datacenter{Name: b.label, Gateways: b.gatewayList()}
-		d.datacenterName(b.label, b.named)
+		if !b.noLabel {
+			d.datacenterName(b.label, b.named)
+		}
 		mode, at := b.oneOf("mode", "", "local", "remote", "direct")
 		dc.Mode = mode
-		if at.set && mode != "" {
+		if at.ok {
 			d.modeHasWhatItNeeds(b, s, dc, at.at)
 		}
 		switch {
 		case b.label == s.Datacenter && b.label != "":
 			d.fault(b.named, "gateways of the own datacenter stand in gateways, at the top", "%s is this sidecar's own", b.name)
+		case b.noLabel:
 		case slices.ContainsFunc(s.Datacenters, func(o Datacenter) bool { return o.Name == b.label }):
 			d.fault(b.named, "give each datacenter one block", "%s is given twice", b.name)
 		default:

@@ -25,7 +25,18 @@ func differences(old, now any) []string {
 		if live[name] || reflect.DeepEqual(a.Field(i).Interface(), b.Field(i).Interface()) {
 			continue
 		}
-		out = append(out, strings.ToLower(name))
+		out = append(out, written(name))
 	}
 	return out
+}
+
+// written is how the file calls a field.
+func written(field string) string {
+	switch field {
+	case "OnExit":
+		return "on_exit"
+	case "Services":
+		return "service"
+	}
+	return strings.ToLower(field)
 }

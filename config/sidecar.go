@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/hashicorp/hcl/v2"
 )
@@ -58,8 +59,9 @@ func (d *decoder) sidecar(root *block) *Sidecar {
 	}
 	s.Datacenter, s.Domain = root.identity(domain)
 	var at value
-	if s.Node, at = root.required("node", "alice"); s.Node != "" {
+	if s.Node, at = root.required("node", "alice"); at.ok {
 		d.labels("node", s.Node, at.at)
+		d.fits(s.Node, roleServer, s.Datacenter, s.Domain, at.at)
 	}
 	d.capture(root, s)
 	d.services(root, s)
@@ -67,7 +69,7 @@ func (d *decoder) sidecar(root *block) *Sidecar {
 	s.Gateways = root.gatewayList()
 	peers := d.peers(root, s)
 	d.datacenters(root, s, peers)
-	if root.one("tls", func(b *block) { d.tls(b, &s.TLS, s.Datacenter, s.Node, s.Domain, "server") }) == nil {
+	if root.one("tls", func(b *block) { d.tls(b, &s.TLS, s.Datacenter, s.Node, s.Domain, roleServer) }) == nil {
 		d.fault(root.at, "`culvert tls cert create` makes what goes into it", "the tls block is missing")
 	}
 	d.federation(root)
@@ -79,8 +81,9 @@ func (d *decoder) sidecar(root *block) *Sidecar {
 
 func (d *decoder) server(b *block, s *Sidecar) {
 	var sv Server
-	sv.Profile, _ = b.oneOf("profile", "", "consul", "nomad", "serf", "memberlist")
 	var at value
+	sv.Profile, at = b.oneOf("profile", "", "consul", "nomad", "serf", "memberlist")
+	d.anyProfile = d.anyProfile || at.set && !at.ok
 	if sv.Address, at = b.ip("address", wildcardServer); !at.set {
 		sv.Address = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 	}
@@ -116,16 +119,17 @@ func (d *decoder) tls(b *block, t *TLS, datacenter, node, domain, role string) {
 	read := func(key, example string) string {
 		name, at := b.required(key, example)
 		places[key] = at.at
-		if name != "" && !filepath.IsAbs(name) {
+		if at.ok && !filepath.IsAbs(name) {
 			name = filepath.Join(filepath.Dir(d.file), name)
 		}
 		return name
 	}
+	before := len(d.faults)
 	got := TLS{read("ca_file", "consul-ca.pem"), read("cert_file", "alice.pem"), read("key_file", "alice-key.pem")}
 	if *t == (TLS{}) {
 		*t = got
 	}
-	if d.o.CheckTLS == nil || got.CAFile == "" || got.CertFile == "" || got.KeyFile == "" {
+	if d.o.CheckTLS == nil || len(d.faults) > before {
 		return
 	}
 	// Names that are faulty themselves would be missed in the certificate too.
@@ -133,7 +137,11 @@ func (d *decoder) tls(b *block, t *TLS, datacenter, node, domain, role string) {
 		return
 	}
 	for _, p := range d.o.CheckTLS(got.CAFile, got.CertFile, got.KeyFile, datacenter, node, domain, role) {
-		d.fault(places[p.Field], p.Hint, "%s", p.Summary)
+		at, known := places[p.Field]
+		if !known {
+			at = b.at
+		}
+		d.fault(at, p.Hint, "%s", p.Summary)
 	}
 }
 
@@ -143,24 +151,29 @@ func (d *decoder) services(root *block, s *Sidecar) {
 	places := make(map[string]hcl.Range) // of the port, or of the block
 	root.many("service", func(b *block) {
 		at, twice := first[b.label]
-		if twice {
+		if twice && !b.noLabel {
 			d.fault(b.named, "give each service one block", "service %q is given twice, first on line %d", b.label, at.Start.Line)
 		}
 		first[b.label] = b.named
-		if !serviceName.MatchString(b.label) && b.label != "" {
+		if !serviceName.MatchString(b.label) && !b.noLabel {
 			d.fault(b.named, `1 to 63 of a-z, 0-9 and "-"`, "service name %q is not allowed", b.label)
 		}
 		i := slices.IndexFunc(s.Services, func(x Service) bool { return x.Name == b.label })
-		if i < 0 || twice {
+		switch {
+		case twice: // read for its faults alone
+			again := Service{Name: b.label}
+			if i >= 0 {
+				again = s.Services[i]
+			}
+			d.service(b, &again)
+			return
+		case i < 0:
 			s.Services = append(s.Services, Service{Name: b.label})
 			i = len(s.Services) - 1
 		}
 		places[b.label] = d.service(b, &s.Services[i])
-		if twice {
-			s.Services = s.Services[:i]
-		}
 	})
-	if len(s.Services) == 0 {
+	if len(s.Services) == 0 && !d.anyProfile {
 		d.fault(root.at, `add profile = "serf" to server, or service blocks`, "there is no service to carry")
 	}
 	for i := range s.Services {
@@ -174,7 +187,7 @@ func (d *decoder) services(root *block, s *Sidecar) {
 // service reads one service block into what the profile says, and returns the
 // place of its port.
 func (d *decoder) service(b *block, s *Service) hcl.Range {
-	known := s.Kind != ""
+	known := s.Kind != "" || d.anyProfile
 	kind, at := b.oneOf("kind", s.Kind, kindPacket, kindStream)
 	if !at.set && !known {
 		d.fault(b.at, `add kind = "packet" (UDP) or kind = "stream" (TCP)`, "kind is missing%s", b.in())
@@ -186,7 +199,7 @@ func (d *decoder) service(b *block, s *Service) hcl.Range {
 	} else if !known {
 		d.fault(b.at, "add port = 7946", "port is missing%s", b.in())
 	}
-	if local, at := b.text("local"); at.set && local != "" {
+	if local, at := b.text("local"); at.ok {
 		ap, err := netip.ParseAddrPort(local)
 		if err != nil || ap.Port() == 0 || ap.Addr().IsUnspecified() {
 			d.fault(at.at, `where the server listens, such as "10.71.0.11:8302"`, "local%s is %q, which is no address and port", b.in(), local)
@@ -194,7 +207,7 @@ func (d *decoder) service(b *block, s *Service) hcl.Range {
 			s.Local = ap
 		}
 	}
-	if name, at := b.text("alpn"); at.set {
+	if name, at := b.text("alpn"); at.ok {
 		s.ALPN = name
 		if bad := badALPN(name); bad != "" {
 			d.fault(at.at, "such as consul/wan-gossip/packet; Culvert's own name needs no mention", "alpn%s is %q: %s", b.in(), name, bad)
@@ -210,9 +223,9 @@ func badALPN(name string) string {
 		return "it is empty"
 	case len(name) > 255:
 		return "it is longer than 255 bytes"
-	case len(name) > 8 && name[:8] == "culvert/":
+	case strings.HasPrefix(name, "culvert/"):
 		return "culvert/ names are Culvert's own"
-	case name == "h2", len(name) > 5 && name[:5] == "http/":
+	case name == "h2", strings.HasPrefix(name, "http/"):
 		return "HTTP is no service"
 	}
 	return ""
@@ -228,7 +241,7 @@ func (d *decoder) clashes(root *block, s *Sidecar, places map[string]hcl.Range) 
 	}
 	for i, a := range s.Services {
 		for _, b := range s.Services[:i] {
-			if a.Port == b.Port && a.Kind == b.Kind && a.Port != 0 {
+			if a.Port == b.Port && a.Kind == b.Kind && a.Kind != "" && a.Port != 0 {
 				d.fault(at(a.Name), "give each its own port", "services %q and %q have one port, %d, and one kind, %s", b.Name, a.Name, a.Port, a.Kind)
 			}
 			if a.ALPN == b.ALPN && a.ALPN != "" {
