@@ -8,6 +8,9 @@ BIN         := $(CURDIR)/bin
 FUZZTIME    ?= 30s
 BENCHTIME   ?= 1s
 GO          ?= go
+# The race detector needs a C compiler. Where there is none tests run without
+# it, and say so; `make check` insists.
+RACE        ?= $(if $(shell command -v $${CC:-cc}),-race)
 RUNFLAGS    ?=
 SUMMARY     := $(CACHE)/end-to-end.txt
 
@@ -17,7 +20,7 @@ help: ## Print this help
 
 .PHONY: build
 build: ## Build bin/culvert
-	@$(GO) build -trimpath -o $(BIN)/culvert ./cmd/culvert
+	@CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/culvert ./cmd/culvert
 
 .PHONY: serf
 serf: ## Build the upstream serf agent that the demo and the tests use
@@ -28,10 +31,10 @@ demo: build serf ## Two datacenters on loopback: STAY=1 keeps them, BREAK=gatewa
 	@$(GO) run ./test/demo --culvert $(BIN)/culvert --serf $(CACHE)/bin/serf $(if $(BREAK),--break $(BREAK)) $(if $(STAY),--stay)
 
 .PHONY: test
-test: e2e-tools serf ## Every test, end-to-end tests included (root and iproute2; CULVERT_E2E=require fails where they are missing)
-	@$(GO) test -race -shuffle=on -timeout 10m $(RUNFLAGS) $$($(GO) list ./... | grep -v '^culvert/test$$')
+test: e2e-tools serf race-note ## Every test, end-to-end tests included (root and iproute2; CULVERT_E2E=require fails where they are missing)
+	@$(GO) test $(RACE) -shuffle=on -timeout 10m $(RUNFLAGS) $$($(GO) list ./... | grep -v '^culvert/test$$')
 	@mkdir -p $(CACHE) && rm -f $(SUMMARY)
-	@CULVERT_E2E_SUMMARY=$(SUMMARY) $(GO) test -race -shuffle=on -timeout 20m -count=1 $(RUNFLAGS) ./test; status=$$?; cat $(SUMMARY); exit $$status
+	@CULVERT_E2E_SUMMARY=$(SUMMARY) $(GO) test $(RACE) -shuffle=on -timeout 20m -count=1 $(RUNFLAGS) ./test; status=$$?; cat $(SUMMARY); exit $$status
 
 # End-to-end tests need ip(8) and nft(8). As root on Debian they are fetched
 # where they are missing; elsewhere the tests themselves say what they lack.
@@ -43,7 +46,12 @@ e2e-tools:
 			|| echo "iproute2 and nftables could not be installed: the end-to-end tests will say so"; \
 	fi
 
+.PHONY: race-note
+race-note:
+	@$(if $(RACE),true,echo "no C compiler: tests run without the race detector")
+
 .PHONY: check
+check: RACE := -race
 check: build vet lint tidy test fuzz ## What CI runs: build, vet, lint, tidy, tests with the race detector, short fuzz
 
 .PHONY: vet
