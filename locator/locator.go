@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"sync"
 	"syscall"
@@ -28,6 +29,7 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/catalog"
+	"culvert/internal/resolve"
 )
 
 // The kinds of [Path].
@@ -44,7 +46,8 @@ const avoidFor = 10 * time.Second
 // ErrUnknownPeer is returned for a peer that the catalog does not have.
 var ErrUnknownPeer = errors.New("the catalog has no such peer")
 
-// Options configure a [Locator]. They are [PoolOptions] for all of its pools.
+// Options configure a [Locator]. They are [PoolOptions] for all of its pools,
+// which share one Resolver.
 type Options struct {
 	Resolver Resolver
 	Control  func(network, address string, c syscall.RawConn) error
@@ -72,6 +75,7 @@ type GatewayStatus struct {
 type Locator struct {
 	catalog *catalog.Catalog
 	o       Options
+	own     *resolve.Resolver // nil if it was given one
 
 	mu      sync.Mutex
 	seen    *catalog.Snapshot // what the pools were made from
@@ -100,13 +104,18 @@ func New(c *catalog.Catalog, o Options) (*Locator, error) {
 	if c == nil {
 		return nil, errors.New("locator: the catalog is required")
 	}
+	l := &Locator{
+		catalog: c, pools: make(map[poolKey]*pool), last: make(map[catalog.Key]Path),
+		avoid: make(map[catalog.Key]map[string]time.Time),
+	}
 	if o.Metrics == nil {
 		o.Metrics = NewMetrics(nil)
 	}
-	l := &Locator{
-		catalog: c, o: o, pools: make(map[poolKey]*pool), last: make(map[catalog.Key]Path),
-		avoid: make(map[catalog.Key]map[string]time.Time),
+	if o.Resolver == nil {
+		l.own = resolve.New(resolve.Options{})
+		o.Resolver = l.own
 	}
+	l.o = o
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.refresh()
@@ -134,16 +143,17 @@ func (l *Locator) Dial(ctx context.Context, to catalog.Key) (net.Conn, Path, err
 		path.Gateway = endpoint
 	}
 	l.mu.Lock()
-	l.last[to] = path
-	l.mu.Unlock()
+	defer l.mu.Unlock()
+	if _, known := l.seen.Peer(to); known { // or it left meanwhile
+		l.last[to] = path
+	}
 	return c, path, nil
 }
 
 // route tells which pool leads to a peer. Called with mu held.
 func (l *Locator) route(to catalog.Key) (poolKey, error) {
-	peer, ok := l.seen.Peer(to)
-	if !ok {
-		return poolKey{}, fmt.Errorf("%s: %w", to, ErrUnknownPeer)
+	if _, ok := l.seen.Peer(to); !ok {
+		return poolKey{}, fmt.Errorf("find %s: %w (a peer block names it)", to, ErrUnknownPeer)
 	}
 	mode := catalog.ModeDirect
 	if to.Datacenter != l.seen.Self.Datacenter {
@@ -152,21 +162,37 @@ func (l *Locator) route(to catalog.Key) (poolKey, error) {
 			mode = catalog.ModeLocal
 		}
 	}
-	key := poolKey{kind: KindDirect, peer: to}
+	key, lacking := poolKey{kind: KindDirect, peer: to}, "address of its peer block"
 	switch mode {
 	case catalog.ModeLocal:
-		key = poolKey{kind: KindLocal, datacenter: l.seen.Self.Datacenter}
+		key, lacking = poolKey{kind: KindLocal, datacenter: l.seen.Self.Datacenter}, "gateways"
 	case catalog.ModeRemote:
-		key = poolKey{kind: KindRemote, datacenter: to.Datacenter}
+		key, lacking = poolKey{kind: KindRemote, datacenter: to.Datacenter}, fmt.Sprintf("gateways of datacenter %q", to.Datacenter)
 	default:
-		if peer.Address == "" {
-			return poolKey{}, fmt.Errorf("%s: no address of its sidecar is configured (peer.address)", to)
-		}
 	}
 	if l.pools[key] == nil {
-		return poolKey{}, fmt.Errorf("%s: no gateway is configured for it (gateways, or gateways of the datacenter block)", to)
+		return poolKey{}, fmt.Errorf("find a path to %s: %s: not configured", to, lacking)
 	}
 	return key, nil
+}
+
+// wanted returns the endpoints of each pool that a snapshot asks for.
+func wanted(s *catalog.Snapshot) map[poolKey][]string {
+	out := make(map[poolKey][]string)
+	if len(s.Gateways) > 0 {
+		out[poolKey{kind: KindLocal, datacenter: s.Self.Datacenter}] = s.Gateways
+	}
+	for _, d := range s.Datacenters {
+		if d.Mode == catalog.ModeRemote && len(d.Gateways) > 0 {
+			out[poolKey{kind: KindRemote, datacenter: d.Name}] = d.Gateways
+		}
+	}
+	for _, p := range s.Peers {
+		if p.Address != "" {
+			out[poolKey{kind: KindDirect, peer: p.Key}] = []string{p.Address}
+		}
+	}
+	return out
 }
 
 // refresh makes the pools those of the catalog's snapshot. Called with mu held.
@@ -176,20 +202,7 @@ func (l *Locator) refresh() {
 		return
 	}
 	l.seen = now
-	wanted := make(map[poolKey][]string)
-	if len(now.Gateways) > 0 {
-		wanted[poolKey{kind: KindLocal, datacenter: now.Self.Datacenter}] = now.Gateways
-	}
-	for _, d := range now.Datacenters {
-		if d.Mode == catalog.ModeRemote && len(d.Gateways) > 0 {
-			wanted[poolKey{kind: KindRemote, datacenter: d.Name}] = d.Gateways
-		}
-	}
-	for _, p := range now.Peers {
-		if p.Address != "" {
-			wanted[poolKey{kind: KindDirect, peer: p.Key}] = []string{p.Address}
-		}
-	}
+	wanted := wanted(now)
 	for key, endpoints := range wanted {
 		p := l.pools[key]
 		if p == nil {
@@ -212,17 +225,15 @@ func (l *Locator) refresh() {
 		}
 		delete(l.pools, key)
 	}
-	for key := range l.last {
-		if _, stays := now.Peer(key); !stays {
-			delete(l.last, key)
-			delete(l.avoid, key)
-		}
-	}
+	gone := func(k catalog.Key) bool { _, stays := now.Peer(k); return !stays }
+	maps.DeleteFunc(l.last, func(k catalog.Key, _ Path) bool { return gone(k) })
+	maps.DeleteFunc(l.avoid, func(k catalog.Key, _ map[string]time.Time) bool { return gone(k) })
 }
 
-// start probes a pool, once Run has been called. Called with mu held.
+// start probes a pool of gateways, once Run has been called. The health of the
+// only way to a peer decides nothing: it is not probed. Called with mu held.
 func (l *Locator) start(p *pool) {
-	if l.ctx == nil || l.ended {
+	if l.ctx == nil || l.ended || p.o.NoProbe {
 		return
 	}
 	ctx, stop := context.WithCancel(l.ctx)
@@ -262,6 +273,9 @@ func (l *Locator) Report(to catalog.Key, path Path, err error) {
 		delete(l.avoid[to], path.Gateway)
 		return
 	}
+	if _, known := l.seen.Peer(to); !known {
+		return // it left meanwhile
+	}
 	if l.avoid[to] == nil {
 		l.avoid[to] = make(map[string]time.Time)
 	}
@@ -278,7 +292,8 @@ func (l *Locator) Path(to catalog.Key) Path {
 	if err != nil {
 		return Path{}
 	}
-	if last, ok := l.last[to]; ok && last.Kind == key.kind {
+	last := l.last[to]
+	if last.Kind == key.kind && (last.Gateway == "" || l.pools[key].has(last.Gateway)) {
 		return last
 	}
 	return Path{Kind: key.kind}
@@ -328,5 +343,8 @@ func (l *Locator) Run(ctx context.Context) error {
 	l.ended = true
 	l.mu.Unlock()
 	l.running.Wait()
+	if l.own != nil {
+		l.own.Close()
+	}
 	return nil
 }

@@ -2,7 +2,10 @@ package locator
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
+	"syscall"
 	"time"
 )
 
@@ -10,37 +13,63 @@ import (
 // A connection across an ocean takes less.
 const hedgeAfter = 250 * time.Millisecond
 
+// errSlow is what overtook a candidate means.
+var errSlow = fmt.Errorf("no answer in %v while another answered", hedgeAfter)
+
 // An outcome is how one candidate of a race ended.
 type outcome struct {
 	conn net.Conn
 	err  error
-	// lost tells that the candidate was called off because another had won;
-	// slow, that it had its time by then and had not answered.
-	lost, slow bool
+	took time.Duration
+	// lost tells that another had won by then; overtaken, that it had done so
+	// although it was started later.
+	lost, overtaken bool
 }
 
-// race dials n candidates in turn: the next one starts when the last has
-// failed or has not answered for hedgeAfter. The first connection wins, and
+// verdict is what the outcome says about the candidate: nil that it works. It is
+// not known for one that was called off before it could answer, be it by the
+// winner or by ctx, and for one that failed by a fault of our own.
+func (o outcome) verdict(ctx context.Context) (known bool, err error) {
+	switch {
+	case o.err == nil:
+		return true, nil
+	case o.lost:
+		return o.overtaken, errSlow
+	case errors.Is(ctx.Err(), context.Canceled), ctx.Err() != nil && o.took < hedgeAfter, isOurs(o.err):
+		return false, nil
+	}
+	return true, o.err
+}
+
+// isOurs tells errors that have nothing to do with who was dialled.
+func isOurs(err error) bool {
+	for _, ours := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM} {
+		if errors.Is(err, ours) {
+			return true
+		}
+	}
+	return false
+}
+
+// race dials n candidates, at least one, in turn: the next one starts when one
+// has failed or none has answered for hedgeAfter. The first connection wins, and
 // the others are called off, waited for and closed. It returns the winner, -1
 // if there is none, and how each candidate that was started ended.
 func race(ctx context.Context, n int, dial func(ctx context.Context, i int) (net.Conn, error)) (winner int, outcomes []outcome) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type result struct {
-		i    int
-		conn net.Conn
-		err  error
+		i int
+		outcome
 	}
 	results := make(chan result)
-	outcomes = make([]outcome, 0, n)
-	began := make([]time.Time, n)
 	start := func() {
 		i := len(outcomes)
 		outcomes = append(outcomes, outcome{})
-		began[i] = time.Now()
 		go func() {
+			began := time.Now()
 			c, err := dial(ctx, i)
-			results <- result{i, c, err}
+			results <- result{i, outcome{conn: c, err: err, took: time.Since(began)}}
 		}()
 	}
 	winner = -1
@@ -48,23 +77,22 @@ func race(ctx context.Context, n int, dial func(ctx context.Context, i int) (net
 	defer hedge.Stop()
 	start()
 	for running := 1; running > 0; {
-		next := false
+		next := true
 		select {
 		case r := <-results:
 			running--
-			won := winner >= 0
-			if won && r.conn != nil {
+			next = r.err != nil
+			r.lost, r.overtaken = winner >= 0, winner > r.i
+			if r.lost && r.conn != nil {
 				_ = r.conn.Close()
 				r.conn = nil
 			}
-			outcomes[r.i] = outcome{conn: r.conn, err: r.err, lost: won, slow: won && time.Since(began[r.i]) >= hedgeAfter}
-			if r.err == nil && !won {
+			outcomes[r.i] = r.outcome
+			if r.err == nil && !r.lost {
 				winner = r.i
 				cancel()
 			}
-			next = r.err != nil
 		case <-hedge.C:
-			next = true
 		}
 		if next && winner < 0 && len(outcomes) < n && ctx.Err() == nil {
 			start()
