@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"culvert/internal/memnet"
+	"culvert/internal/testtcp"
 )
 
 func TestConn(t *testing.T) {
@@ -92,7 +93,7 @@ func TestEveryTruncationIsUnexpected(t *testing.T) {
 		whole := -1
 		for k := 0; whole < 0 || k <= whole; k++ {
 			for _, size := range []int{1, 1 << 10} {
-				client, server := tcpPair(t)
+				client, server := testtcp.Pair(t)
 				tail := &cut{Conn: client}
 				dialed, accepted := s.connect(t, tail, server, "rpc")
 				// The tickets that the acceptor sent must not decide anything.
@@ -153,7 +154,7 @@ func (c *endsWithData) Read(p []byte) (int, error) {
 func TestEndTogetherWithData(t *testing.T) {
 	for _, graceful := range []bool{true, false} {
 		s := newSite(t)
-		client, server := tcpPair(t)
+		client, server := testtcp.Pair(t)
 		tail := &cut{Conn: client}
 		dialed, accepted := s.connect(t, tail, server, "rpc")
 		tail.start()
@@ -185,7 +186,7 @@ func TestResetIsAReset(t *testing.T) {
 // native frames depend on it.
 func TestOneWriteOneRecord(t *testing.T) {
 	s := newSite(t)
-	client, server := tcpPair(t)
+	client, server := testtcp.Pair(t)
 	tail := &cut{Conn: client}
 	dialed, accepted := s.connect(t, tail, server, "gossip-packet")
 	tail.start()

@@ -14,6 +14,7 @@ import (
 	"culvert/certs"
 	"culvert/internal/memnet"
 	"culvert/internal/testpki"
+	"culvert/internal/testtcp"
 	"culvert/sniff"
 )
 
@@ -46,7 +47,7 @@ func TestDialNative(t *testing.T) {
 
 func TestDialWrongServer(t *testing.T) {
 	s := newSite(t)
-	client, server := tcpPair(t)
+	client, server := testtcp.Pair(t)
 	s.accept.serve(t, server)
 	_, err := s.dialer.Dial(t.Context(), client, "carol.server.dc1.consul", "rpc")
 	var peer *certs.PeerError
@@ -66,7 +67,7 @@ func TestDialServerOfAnotherCA(t *testing.T) {
 	s := newSite(t)
 	other := testpki.New(t, "consul")
 	d := NewDialer(s.table, load(t, other, other.Leaf(t, testpki.Server("dc2", "bob"))), DialerOptions{})
-	client, server := tcpPair(t)
+	client, server := testtcp.Pair(t)
 	s.accept.serve(t, server)
 	_, err := d.Dial(t.Context(), client, aliceName, "rpc")
 	var peer *certs.PeerError
@@ -80,7 +81,7 @@ func TestDialServerOfAnotherCA(t *testing.T) {
 func TestRefusalComesFromRead(t *testing.T) {
 	s := newSite(t)
 	d := NewDialer(s.table, load(t, s.ca, s.ca.Leaf(t, testpki.Gateway("dc2", "gw"))), DialerOptions{})
-	client, server := tcpPair(t)
+	client, server := testtcp.Pair(t)
 	s.accept.serve(t, server)
 	c, err := d.Dial(t.Context(), client, aliceName, "rpc")
 	if err != nil {
@@ -98,7 +99,7 @@ func TestDialNoCommonProtocol(t *testing.T) {
 	s := newSite(t)
 	table := mustTable(t, []Service{{Name: "other", Kind: KindStream}})
 	d := NewDialer(table, s.dialer.creds, DialerOptions{})
-	client, server := tcpPair(t)
+	client, server := testtcp.Pair(t)
 	s.accept.serve(t, server)
 	_, err := d.Dial(t.Context(), client, aliceName, "other")
 	if !errors.As(err, new(*RefusedError)) || !strings.Contains(err.Error(), "no application protocol") {
@@ -109,7 +110,7 @@ func TestDialNoCommonProtocol(t *testing.T) {
 
 func TestDialUnknownService(t *testing.T) {
 	s := newSite(t)
-	client, server := tcpPair(t)
+	client, server := testtcp.Pair(t)
 	if _, err := s.dialer.Dial(t.Context(), client, aliceName, "nothing"); err == nil || !strings.Contains(err.Error(), "no such service") {
 		t.Errorf("Dial: %v", err)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"culvert/certs"
 	"culvert/internal/testpki"
+	"culvert/internal/testtcp"
 	"culvert/sniff"
 )
 
@@ -96,29 +97,6 @@ func (a *acceptor) serve(t testing.TB, c net.Conn) (done <-chan struct{}) {
 	return ch
 }
 
-// tcpPair returns both ends of a TCP connection on loopback.
-func tcpPair(t testing.TB) (client, server *net.TCPConn) {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	c, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close(); s.Close() })
-	for _, x := range []net.Conn{c, s} {
-		_ = x.SetDeadline(time.Now().Add(10 * time.Second))
-	}
-	return c.(*net.TCPConn), s.(*net.TCPConn)
-}
-
 // site is two servers of one CA: alice accepts, bob dials.
 type site struct {
 	ca     *testpki.CA
@@ -162,7 +140,7 @@ func (s *site) connect(t testing.TB, client, server net.Conn, service string) (d
 
 func (s *site) connectTCP(t testing.TB, service string) (dialed, accepted *Conn) {
 	t.Helper()
-	client, server := tcpPair(t)
+	client, server := testtcp.Pair(t)
 	return s.connect(t, client, server, service)
 }
 

@@ -17,6 +17,7 @@ import (
 	"culvert/certs"
 	"culvert/internal/memnet"
 	"culvert/internal/testpki"
+	"culvert/internal/testtcp"
 )
 
 // Those that say nothing useful get their alert before any handshake, and each
@@ -41,7 +42,7 @@ func TestRefusedBeforeHandshake(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
-			client, server := tcpPair(t)
+			client, server := testtcp.Pair(t)
 			done := s.accept.serve(t, server)
 			if _, err := client.Write(c.send); err != nil {
 				t.Fatal(err)
@@ -145,7 +146,7 @@ func TestBadPeers(t *testing.T) {
 				ca = testpki.New(t, "consul")
 			}
 			cert := ca.Leaf(t, c.options...).TLS
-			client, server := tcpPair(t)
+			client, server := testtcp.Pair(t)
 			done := s.accept.serve(t, server)
 			// The certificate is sent unasked-for, as crypto/tls would not.
 			bad := tls.Client(client, &tls.Config{
@@ -179,7 +180,7 @@ func TestBadPeers(t *testing.T) {
 
 func TestNoClientCertificate(t *testing.T) {
 	s := newSite(t)
-	client, server := tcpPair(t)
+	client, server := testtcp.Pair(t)
 	done := s.accept.serve(t, server)
 	bare := tls.Client(client, &tls.Config{ServerName: aliceName, RootCAs: s.ca.Pool(), NextProtos: []string{"culvert/stream/1/rpc"}})
 	if _, err := bare.Read(make([]byte, 1)); !errors.As(refused(err), new(*RefusedError)) {
@@ -196,7 +197,7 @@ func TestWarningsAreSampled(t *testing.T) {
 	other := testpki.New(t, "consul")
 	stranger := load(t, other, other.Leaf(t, testpki.Server("dc2", "bob")))
 	for range 5 {
-		client, server := tcpPair(t)
+		client, server := testtcp.Pair(t)
 		done := s.accept.serve(t, server)
 		_ = plainClient(client, insecure{stranger}, "culvert/stream/1/rpc").Handshake()
 		_, _ = io.ReadAll(client)
@@ -225,7 +226,7 @@ func (i insecure) ClientConfig(name string, protos []string) *tls.Config {
 func TestEmptyProtocolIsRefused(t *testing.T) {
 	s := newSite(t)
 	a := newAcceptor(t, s.table, withoutProtocols{s.accept.creds}, ServerOptions{})
-	client, server := tcpPair(t)
+	client, server := testtcp.Pair(t)
 	done := a.serve(t, server)
 	c := plainClient(client, s.dialer.creds, "culvert/stream/1/rpc")
 	_ = c.Handshake()

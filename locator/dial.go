@@ -20,8 +20,8 @@ const (
 	// sent again by the kernel at longer and longer intervals; an attempt of
 	// its own each second uses a path that comes back within that second.
 	attemptTimeout = time.Second
-	// roundMin is how long one round over all endpoints takes at least.
-	roundMin = 250 * time.Millisecond
+	// leastRound is how long one round over all endpoints takes at least.
+	leastRound = 250 * time.Millisecond
 	// latencyWeight is the weight of the newest dial in the moving average.
 	latencyWeight = 0.3
 )
@@ -62,7 +62,7 @@ func (p *Pool) DialAvoiding(ctx context.Context, avoid func(endpoint string) boo
 		if ctx.Err() == nil || last == nil {
 			last = err // what a cut-off round says is less than the one before
 		}
-		if !again || !sleep(ctx, roundMin-time.Since(round)) {
+		if !again || !sleep(ctx, leastRound-time.Since(round)) {
 			return nil, "", last
 		}
 	}
@@ -144,7 +144,7 @@ func (p *Pool) order(avoid func(string) bool) []*endpoint {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	order := slices.Clone(p.endpoints)
-	rand.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
+	shuffle(order)
 	class := func(e *endpoint) int {
 		n := 0
 		if !e.healthy {
@@ -160,6 +160,10 @@ func (p *Pool) order(avoid func(string) bool) []*endpoint {
 		order[0], order[1] = order[1], order[0]
 	}
 	return order
+}
+
+func shuffle[T any](s []T) {
+	rand.Shuffle(len(s), func(i, j int) { s[i], s[j] = s[j], s[i] }) //nolint:gosec // spreads load: nothing depends on it being secret
 }
 
 // better compares two endpoints by what they have to do now, and by how quick
@@ -222,7 +226,7 @@ func (p *Pool) addresses(ctx context.Context, e *endpoint) ([]netip.AddrPort, er
 		return nil, fmt.Errorf("resolve %s: no address", e.host)
 	}
 	addrs := slices.Clone(answer.Addrs)
-	rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
+	shuffle(addrs)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for a := range e.failed {

@@ -53,7 +53,7 @@ func (p *Pool) due() (due []*endpoint, wait time.Duration) {
 	defer p.mu.Unlock()
 	for _, e := range p.endpoints {
 		if e.nextProbe.IsZero() { // spread the first ones
-			e.nextProbe = now.Add(rand.N(probeEvery))
+			e.nextProbe = now.Add(upTo(probeEvery))
 		}
 		if e.probing { // its end wakes Run
 			continue
@@ -74,7 +74,11 @@ func (p *Pool) due() (due []*endpoint, wait time.Duration) {
 }
 
 // jitter is d, give or take a tenth, so that pools do not probe in step.
-func jitter(d time.Duration) time.Duration { return d*9/10 + rand.N(d/5) }
+func jitter(d time.Duration) time.Duration { return d*9/10 + upTo(d/5) }
+
+func upTo(d time.Duration) time.Duration {
+	return rand.N(d) //nolint:gosec // spreads load: nothing depends on it being secret
+}
 
 // rouse lets Run look at what is due.
 func (p *Pool) rouse() {

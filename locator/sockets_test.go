@@ -115,10 +115,10 @@ func TestBlackholeThatOpens(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	attempts := make(chan struct{}, 100)
-	real := p.o.Dial
+	dial := p.o.Dial
 	p.o.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
 		attempts <- struct{}{}
-		return real(ctx, network, address)
+		return dial(ctx, network, address)
 	}
 	go func() {
 		<-attempts

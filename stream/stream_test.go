@@ -16,6 +16,7 @@ import (
 
 	"culvert/catalog"
 	"culvert/internal/pipe"
+	"culvert/internal/testtcp"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -24,28 +25,6 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // resets, which only it has.
 
 var bob = catalog.Key{Datacenter: "dc2", Node: "bob"}
-
-func tcpPair(t *testing.T) (a, b *net.TCPConn) {
-	t.Helper()
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = ln.Close() }()
-	dialled, err := net.Dial("tcp4", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	accepted, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range []net.Conn{dialled, accepted} {
-		t.Cleanup(func() { _ = c.Close() })
-	}
-	_ = dialled.SetDeadline(time.Now().Add(10 * time.Second))
-	return dialled.(*net.TCPConn), accepted.(*net.TCPConn)
-}
 
 // within waits for f, which must not take long.
 func within(t *testing.T, what string, f func()) {
@@ -62,8 +41,8 @@ func within(t *testing.T, what string, f func()) {
 func TestOutboundRelays(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	m := NewMetrics(reg, "rpc")
-	server, captured := tcpPair(t)
-	peer, far := tcpPair(t)
+	server, captured := testtcp.Pair(t)
+	peer, far := testtcp.Pair(t)
 	o := NewOutbound(func(_ context.Context, to catalog.Key, service string) (net.Conn, error) {
 		if to != bob || service != "rpc" {
 			t.Errorf("dialled %v %s", to, service)
@@ -119,7 +98,7 @@ culvert_stream_open{direction="out",service="rpc"} 0
 
 // Refused is refused: whoever asked sees a reset at once, and why is kept.
 func TestOutboundWithoutAPeer(t *testing.T) {
-	server, captured := tcpPair(t)
+	server, captured := testtcp.Pair(t)
 	o := NewOutbound(func(context.Context, catalog.Key, string) (net.Conn, error) {
 		return nil, errors.New("gateway away")
 	}, OutboundOptions{})
@@ -133,7 +112,7 @@ func TestOutboundWithoutAPeer(t *testing.T) {
 }
 
 func TestInboundWithoutAServer(t *testing.T) {
-	peer, accepted := tcpPair(t)
+	peer, accepted := testtcp.Pair(t)
 	i := NewInbound(func(context.Context, catalog.Key, string) (*net.TCPConn, error) {
 		return nil, syscall.ECONNREFUSED
 	}, InboundOptions{})
@@ -144,8 +123,8 @@ func TestInboundWithoutAServer(t *testing.T) {
 }
 
 func TestInboundPassesAReset(t *testing.T) {
-	peer, accepted := tcpPair(t)
-	server, dialled := tcpPair(t)
+	peer, accepted := testtcp.Pair(t)
+	server, dialled := testtcp.Pair(t)
 	i := NewInbound(func(_ context.Context, from catalog.Key, service string) (*net.TCPConn, error) {
 		if from != bob || service != "rpc" {
 			t.Errorf("from %v for %s", from, service)
@@ -182,8 +161,8 @@ func TestContextAndDrainEndStreams(t *testing.T) {
 	}
 	for name, end := range ends {
 		t.Run(name, func(t *testing.T) {
-			server, captured := tcpPair(t)
-			peer, far := tcpPair(t)
+			server, captured := testtcp.Pair(t)
+			peer, far := testtcp.Pair(t)
 			o := NewOutbound(func(context.Context, catalog.Key, string) (net.Conn, error) { return far, nil }, OutboundOptions{})
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
@@ -203,7 +182,7 @@ func TestContextAndDrainEndStreams(t *testing.T) {
 			if name != "drain" {
 				return
 			}
-			near, late := tcpPair(t)
+			near, late := testtcp.Pair(t)
 			within(t, "a Stream after the drain", func() { o.Stream(t.Context(), bob, "rpc", late) })
 			if _, err := near.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 				t.Errorf("after the drain: %v, want a reset", err)

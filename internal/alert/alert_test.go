@@ -9,31 +9,13 @@ import (
 	"strings"
 	"testing"
 	"time"
-)
 
-func pair(t *testing.T) (client, server *net.TCPConn) {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	c, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close(); s.Close() })
-	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
-	return c.(*net.TCPConn), s.(*net.TCPConn)
-}
+	"culvert/internal/testtcp"
+)
 
 // Bytes that nobody read must not turn the alert into a reset.
 func TestRefuseWithUnreadBytes(t *testing.T) {
-	c, s := pair(t)
+	c, s := testtcp.Pair(t)
 	if _, err := c.Write(bytes.Repeat([]byte("x"), 4096)); err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +40,7 @@ func TestRefuseIsUnderstood(t *testing.T) {
 		DecodeError:           "error decoding message",
 		InternalError:         "internal error",
 	} {
-		c, s := pair(t)
+		c, s := testtcp.Pair(t)
 		done := make(chan struct{})
 		go func() { defer close(done); Refuse(s, description) }()
 		err := tls.Client(c, &tls.Config{ServerName: "a.example", MinVersion: tls.VersionTLS13}).Handshake()
@@ -72,7 +54,7 @@ func TestRefuseIsUnderstood(t *testing.T) {
 }
 
 func TestRefuseIsBounded(t *testing.T) {
-	_, s := pair(t) // the client neither closes nor reads
+	_, s := testtcp.Pair(t) // the client neither closes nor reads
 	start := time.Now()
 	Refuse(s, DecodeError)
 	if d := time.Since(start); d < Budget/2 || d > 3*Budget {

@@ -15,35 +15,14 @@ import (
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/testtcp"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // These tests use real TCP connections: splice, half-close and reset are what
 // only they have.
-
-// tcpPair returns the two ends of a loopback connection.
-func tcpPair(t testing.TB) (a, b *net.TCPConn) {
-	t.Helper()
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = ln.Close() }()
-	dialled, err := net.Dial("tcp4", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	accepted, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range []net.Conn{dialled, accepted} {
-		t.Cleanup(func() { _ = c.Close() })
-		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-	}
-	return dialled.(*net.TCPConn), accepted.(*net.TCPConn)
-}
 
 // wrapped hides that a connection is TCP, so that it is not spliced.
 type wrapped struct{ net.Conn }
@@ -75,8 +54,8 @@ var kinds = map[string]func(c *net.TCPConn, second bool) net.Conn{
 
 func newRig(t testing.TB, kind string, o Options) *rig {
 	t.Helper()
-	near, a := tcpPair(t)
-	b, far := tcpPair(t)
+	near, a := testtcp.Pair(t)
+	b, far := testtcp.Pair(t)
 	r := &rig{near: near, far: far, result: make(chan Result, 1)}
 	_ = a.SetDeadline(time.Time{})
 	_ = b.SetDeadline(time.Time{})
@@ -218,8 +197,8 @@ type cut struct{ net.Conn }
 func (c cut) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
 
 func TestTruncationIsAReset(t *testing.T) {
-	near, a := tcpPair(t)
-	b, _ := tcpPair(t)
+	near, a := testtcp.Pair(t)
+	b, _ := testtcp.Pair(t)
 	res := Join(a, cut{b}, Options{})
 	if !res.Reset || !errors.Is(res.Err, io.ErrUnexpectedEOF) {
 		t.Errorf("result %+v, want a reset by io.ErrUnexpectedEOF", res)
