@@ -83,8 +83,9 @@ func TestFaults(t *testing.T) {
 	}
 	f.allAlive()
 	for _, fl := range flows {
-		if want := fl.from.advertise.String(); len(fl.sources) != 1 || fl.sources[want] == 0 {
-			t.Errorf("packets from %s came from %v, want %s alone", fl.from.node, fl.sources, want)
+		sources := fl.seenFrom()
+		if want := fl.from.advertise.String(); len(sources) != 1 || sources[want] == 0 {
+			t.Errorf("packets from %s came from %v, want %s alone", fl.from.node, sources, want)
 		}
 	}
 }

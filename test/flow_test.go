@@ -3,6 +3,7 @@ package test
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net"
 	"sync"
 	"testing"
@@ -87,6 +88,13 @@ func (f *flow) receive(in *net.UDPConn) {
 		f.sources[src.Addr().String()]++
 		f.mu.Unlock()
 	}
+}
+
+// seenFrom are the addresses that packets came from, and how many from each.
+func (f *flow) seenFrom() map[string]int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return maps.Clone(f.sources)
 }
 
 // firstAfter is when the first packet arrived after a moment; ok is false if
