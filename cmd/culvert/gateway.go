@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 
 	"culvert/config"
 	"culvert/gateway"
@@ -29,25 +30,8 @@ streams have a few seconds to end. A second one ends the process at once.`,
 }
 
 func runGateway(ctx context.Context, f serveFlags) error {
-	load := func() (*config.Gateway, error) { return config.LoadGateway(f.config, configOptions(f.over)) }
-	cfg, err := load()
-	if err != nil {
-		return err
-	}
-	log, err := newLogger(cfg.Log)
-	if err != nil {
-		return err
-	}
-	g, err := gateway.New(cfg, gateway.Options{Log: log, Registry: newRegistry(), Version: version, Pprof: f.pprof})
-	if err != nil {
-		return err
-	}
-	defer onHangup(log, func() error {
-		cfg, err := load()
-		if err != nil {
-			return err
-		}
-		return g.Reload(cfg)
-	})()
-	return g.Run(ctx)
+	logging := func(cfg *config.Gateway) config.Log { return cfg.Log }
+	return serve(ctx, f, config.LoadGateway, logging, func(cfg *config.Gateway, log *zap.Logger) (process[config.Gateway], error) {
+		return gateway.New(cfg, gateway.Options{Log: log, Registry: newRegistry(), Version: version, Pprof: f.pprof})
+	})
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -174,6 +175,30 @@ func TestSidecarRunsAndStops(t *testing.T) {
 	}
 	if _, json, _ := culvert(t, "status", "--admin", admin, "--json"); !strings.Contains(json, `"kind": "sidecar"`) {
 		t.Errorf("status --json prints %q", json)
+	}
+
+	// SIGHUP: a peer more, and then a file with a fault, which changes nothing.
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer := "peer \"bob\" {\n  datacenter = \"dc2\"\n  advertise = \"127.92.2.1\"\n  address = \"127.0.0.1:1\"\n}\n"
+	for _, change := range []string{peer, peer + "nonsense = 1\n"} {
+		if err := os.WriteFile(file, append(bytes.Clone(text), change...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		for range 250 {
+			if _, stdout, _ = culvert(t, "status", "--admin", admin); strings.Contains(stdout, "dc2/bob") {
+				break
+			}
+			<-tick.C
+		}
+		if !strings.Contains(stdout, "dc2/bob") {
+			t.Errorf("after SIGHUP status prints %q", stdout)
+		}
 	}
 	cancel()
 	select {

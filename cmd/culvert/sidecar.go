@@ -2,12 +2,7 @@ package main
 
 import (
 	"context"
-	"os"
-	"os/signal"
-	"syscall"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 
@@ -36,63 +31,8 @@ ends the process at once.`,
 }
 
 func runSidecar(ctx context.Context, f serveFlags) error {
-	load := func() (*config.Sidecar, error) { return config.LoadSidecar(f.config, configOptions(f.over)) }
-	cfg, err := load()
-	if err != nil {
-		return err
-	}
-	log, err := newLogger(cfg.Log)
-	if err != nil {
-		return err
-	}
-	s, err := sidecar.New(cfg, sidecar.Options{Log: log, Registry: newRegistry(), Version: version, Pprof: f.pprof})
-	if err != nil {
-		return err
-	}
-	defer onHangup(log, func() error {
-		cfg, err := load()
-		if err != nil {
-			return err
-		}
-		return s.Reload(cfg)
-	})()
-	return s.Run(ctx)
-}
-
-// onHangup calls reload for each SIGHUP until the function that it returns is
-// called. A reload that does not succeed is one error line, and the old state
-// serves on.
-func onHangup(log *zap.Logger, reload func() error) (stop func()) {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for range hup {
-			if err := reload(); err != nil {
-				log.Error("reload refused: the old configuration stays", zap.Error(err))
-				continue
-			}
-			log.Info("reloaded")
-		}
-	}()
-	return func() {
-		signal.Stop(hup)
-		close(hup)
-		<-done
-	}
-}
-
-func newRegistry() *prometheus.Registry {
-	reg := prometheus.NewRegistry()
-	reg.MustRegister(
-		collectors.NewGoCollector(),
-		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name:        "culvert_build_info",
-			Help:        "Always 1; the version is in the label.",
-			ConstLabels: prometheus.Labels{"version": version},
-		}, func() float64 { return 1 }),
-	)
-	return reg
+	logging := func(cfg *config.Sidecar) config.Log { return cfg.Log }
+	return serve(ctx, f, config.LoadSidecar, logging, func(cfg *config.Sidecar, log *zap.Logger) (process[config.Sidecar], error) {
+		return sidecar.New(cfg, sidecar.Options{Log: log, Registry: newRegistry(), Version: version, Pprof: f.pprof})
+	})
 }
