@@ -205,11 +205,11 @@ func (b *Bind) start(e *endpoint) {
 	if b.ctx == nil {
 		return
 	}
+	ctx := b.ctx
 	if e.udp != nil {
-		b.wg.Go(func() { b.servePackets(e) })
+		b.wg.Go(func() { b.servePackets(ctx, e) })
 		return
 	}
-	ctx := b.ctx
 	b.wg.Go(func() { b.serveStreams(ctx, e) })
 }
 

@@ -70,7 +70,7 @@ func (e *endpoint) close() {
 
 // servePackets reads what the local server sends to the endpoint's owner until
 // the socket is closed.
-func (b *Bind) servePackets(e *endpoint) {
+func (b *Bind) servePackets(ctx context.Context, e *endpoint) {
 	buf := make([]byte, maxDatagram)
 	for {
 		n, src, err := e.udp.ReadFromUDPAddrPort(buf)
@@ -78,7 +78,10 @@ func (b *Bind) servePackets(e *endpoint) {
 			return
 		}
 		if err != nil {
-			// Errors of a datagram sent earlier, reported here; the socket lives.
+			// The error of a datagram sent earlier, as a rule: the socket lives.
+			if !wait(ctx, shortestBackoff) {
+				return
+			}
 			continue
 		}
 		if from := src.Addr().Unmap(); from != b.o.Server {

@@ -3,7 +3,9 @@ package locator
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -297,6 +299,28 @@ func TestRunProbesGateways(t *testing.T) {
 		l.Gateways() // makes the pools, and runs none
 		if got := probed(); len(got) > 0 {
 			t.Errorf("probed %v after the end", got)
+		}
+	})
+}
+
+// A pool that is not probed costs no goroutine, nor does one that left.
+func TestGoroutinesOfRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := sites()
+		for i := range 500 {
+			s.Peers = append(s.Peers, catalog.Peer{Key: key("dc1", fmt.Sprint(i)), Address: amySidecar})
+			s.Datacenters = append(s.Datacenters, catalog.Datacenter{Name: fmt.Sprint(i), Mode: catalog.ModeRemote, Gateways: []string{gw3}})
+		}
+		l, c := newLocator(t, s, newNetwork(map[string]way{gw3: answers}))
+		before := runtime.NumGoroutine()
+		defer run(t, l)()
+		if more := runtime.NumGoroutine() - before; more < 500 || more > 550 {
+			t.Errorf("%d goroutines for 500 pools of gateways", more)
+		}
+		c.Store(sites())
+		synctest.Wait()
+		if more := runtime.NumGoroutine() - before; more > 50 {
+			t.Errorf("%d goroutines after they left", more)
 		}
 	})
 }

@@ -12,7 +12,7 @@
 // its handler's business.
 //
 // When Run's context ends, or the listener does, the listener is closed and
-// [Draining] is closed for every handler. Connections that have sent nothing yet
+// what [UntilDraining] returned ends. Connections that have sent nothing yet
 // are reset at once. Handlers have DrainTimeout to end by themselves; then their
 // connections are reset and their contexts end. Run waits for them, but no longer
 // than [AbortTimeout] after that.
@@ -167,12 +167,19 @@ func (s *Server) Close() error { return s.ln.Close() }
 
 type drainingKey struct{}
 
-// Draining returns a channel that is closed when the server that a handler's
-// context comes from begins to stop. It is nil, and so never closed, for other
-// contexts.
-func Draining(ctx context.Context) <-chan struct{} {
-	ch, _ := ctx.Value(drainingKey{}).(<-chan struct{}) // absent is nil
-	return ch
+// UntilDraining returns a copy of a handler's context that ends when the server
+// begins to stop, for handlers that are not drained.
+func UntilDraining(ctx context.Context) (context.Context, context.CancelFunc) {
+	until, cancel := context.WithCancel(ctx)
+	front, ok := ctx.Value(drainingKey{}).(context.Context)
+	if !ok {
+		return until, cancel
+	}
+	stop := context.AfterFunc(front, cancel)
+	return until, func() {
+		stop()
+		cancel()
+	}
 }
 
 // Run accepts until ctx ends, then drains. It returns nil after such a stop, and
@@ -184,7 +191,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	front, stop := context.WithCancel(ctx)
 	defer stop()
-	handlers, cut := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), drainingKey{}, front.Done()))
+	handlers, cut := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), drainingKey{}, front))
 	defer cut()
 	context.AfterFunc(front, func() { _ = s.ln.Close() })
 	err := s.accept(front, handlers)

@@ -255,7 +255,7 @@ func TestDrain(t *testing.T) {
 		draining := make(chan struct{})
 		h := HandlerFunc(func(ctx context.Context, c *sniff.Conn) {
 			_, _ = io.WriteString(c, "!")
-			<-Draining(ctx)
+			<-drainOf(ctx)
 			if ctx.Err() != nil {
 				t.Error("the context ended with the drain's beginning")
 			}

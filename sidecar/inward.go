@@ -24,15 +24,8 @@ type packetHandler struct{ *Sidecar }
 func (s packetHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
 	// A packet connection is not drained: its peer is told to stop at once and
 	// has a moment for what is under way.
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := mux.UntilDraining(ctx)
 	defer cancel()
-	go func() {
-		select {
-		case <-mux.Draining(ctx):
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
 	from, service := c.Peer(), c.Route().Service
 	deliver := func(payload []byte) error { return s.deliver(from, service, payload) }
 	s.warnUndeliverable(c)

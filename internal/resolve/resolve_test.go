@@ -398,6 +398,25 @@ func TestServersInTurnAndSearchList(t *testing.T) {
 	})
 }
 
+// A server that cannot tell is not believed to have said that there is nothing.
+func TestServerThatCannotTell(t *testing.T) {
+	conf := "nameserver 192.0.2.53\nnameserver 192.0.2.54\nsearch wild.example\n"
+	for _, code := range []int{dns.RcodeServerFailure, dns.RcodeRefused, dns.RcodeNotImplemented} {
+		bubble(t, "", conf, func(t *testing.T, r *Resolver, s *servers) {
+			s.set(func(_ context.Context, server, name string, q uint16) (*dns.Msg, error) {
+				if server == "192.0.2.53:53" {
+					return &dns.Msg{MsgHdr: dns.MsgHdr{Rcode: code}}, nil
+				}
+				return message(name, q, 60, "192.0.2.1"), nil
+			})
+			lookup(t, r, "gw.dc2.example", "192.0.2.1")
+			if asked := s.took(); len(asked) != 4 {
+				t.Errorf("asked %v", asked)
+			}
+		})
+	}
+}
+
 // Servers that are silent for the name as given must not lead to another host
 // that a search list's wildcard has.
 func TestSilenceDoesNotMoveOnInTheSearchList(t *testing.T) {
