@@ -246,6 +246,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 	wg.Wait()
 	stopPools()
 	g.backends.wait()
+	g.resolver.Close()
 	stopAdmin()
 	<-adminDone
 	return errors.Join(muxErr, adminErr)

@@ -33,7 +33,6 @@ import (
 	"culvert/catalog"
 	"culvert/certs"
 	"culvert/config"
-	"culvert/internal/resolve"
 	"culvert/internal/sample"
 	"culvert/internal/sockopt"
 	"culvert/locator"
@@ -123,7 +122,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 		return nil, fmt.Errorf("build the protocol table: %w", err)
 	}
 	s.locator, err = locator.New(s.catalog, locator.Options{
-		Resolver: resolve.New(resolve.Options{}), Control: sockopt.Control,
+		Control: sockopt.Control,
 		Log: o.Log, Metrics: locator.NewMetrics(o.Registry),
 	})
 	if err != nil {
