@@ -123,7 +123,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	}
 	s.locator, err = locator.New(s.catalog, locator.Options{
 		Control: sockopt.Control,
-		Log: o.Log, Metrics: locator.NewMetrics(o.Registry),
+		Log:     o.Log, Metrics: locator.NewMetrics(o.Registry),
 	})
 	if err != nil {
 		return nil, err
