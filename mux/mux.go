@@ -11,11 +11,10 @@
 // nothing is closed after FirstByteTimeout. What comes after the first byte is
 // its handler's business.
 //
-// When Run's context ends, or the listener does, the listener is closed and
-// what [UntilDraining] returned ends. Connections that have sent nothing yet
-// are reset at once. Handlers have DrainTimeout to end by themselves; then their
-// connections are reset and their contexts end. Run waits for them, but no longer
-// than [AbortTimeout] after that.
+// When Run's context ends, or the listener does, the listener is closed.
+// Connections that have sent nothing yet are reset at once. Handlers have
+// DrainTimeout to end by themselves; then their connections are reset and their
+// contexts end. Run waits for them, but no longer than [AbortTimeout] after that.
 //
 // A [Server]'s methods may be called from any goroutine.
 package mux
@@ -165,23 +164,6 @@ func (s *Server) Addr() net.Addr { return s.ln.Addr() }
 // Close gives up a server that was never run.
 func (s *Server) Close() error { return s.ln.Close() }
 
-type drainingKey struct{}
-
-// UntilDraining returns a copy of a handler's context that ends when the server
-// begins to stop, for handlers that are not drained.
-func UntilDraining(ctx context.Context) (context.Context, context.CancelFunc) {
-	until, cancel := context.WithCancel(ctx)
-	front, ok := ctx.Value(drainingKey{}).(context.Context)
-	if !ok {
-		return until, cancel
-	}
-	stop := context.AfterFunc(front, cancel)
-	return until, func() {
-		stop()
-		cancel()
-	}
-}
-
 // Run accepts until ctx ends, then drains. It returns nil after such a stop, and
 // the listener's error if that ended by itself. Handlers that do not return are an
 // error too: their goroutines are left behind. It runs once.
@@ -191,7 +173,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	front, stop := context.WithCancel(ctx)
 	defer stop()
-	handlers, cut := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), drainingKey{}, front))
+	handlers, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
 	context.AfterFunc(front, func() { _ = s.ln.Close() })
 	err := s.accept(front, handlers)

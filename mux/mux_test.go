@@ -255,11 +255,10 @@ func TestDrain(t *testing.T) {
 		draining := make(chan struct{})
 		h := HandlerFunc(func(ctx context.Context, c *sniff.Conn) {
 			_, _ = io.WriteString(c, "!")
-			<-drainOf(ctx)
+			<-draining
 			if ctx.Err() != nil {
 				t.Error("the context ended with the drain's beginning")
 			}
-			close(draining)
 			_, _ = io.WriteString(c, "bye")
 			_ = c.Close()
 		})
@@ -268,7 +267,7 @@ func TestDrain(t *testing.T) {
 		_, _ = c.Write([]byte{tlsHandshake})
 		_, _ = io.ReadFull(c, make([]byte, 1))
 		r.stop()
-		<-draining
+		close(draining)
 		buf := make([]byte, 3)
 		if _, err := io.ReadFull(c, buf); err != nil || string(buf) != "bye" {
 			t.Errorf("read %q, %v", buf, err)

@@ -22,10 +22,9 @@ type packetHandler struct{ *Sidecar }
 
 // ServeConn serves one connection to its end.
 func (s packetHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
-	// A packet connection is not drained: its peer is told to stop at once and
-	// has a moment for what is under way.
-	ctx, cancel := mux.UntilDraining(ctx)
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	defer context.AfterFunc(s.packetsUntil, cancel)()
 	from, service := c.Peer(), c.Route().Service
 	deliver := func(payload []byte) error { return s.deliver(from, service, payload) }
 	s.warnUndeliverable(c)

@@ -3,6 +3,7 @@ package sidecar
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -284,6 +285,51 @@ func TestReadiness(t *testing.T) {
 	p.alice.stop()
 	if r := p.alice.readiness(); r.Ready || r.Checks[0].Detail != "stopping" {
 		t.Errorf("after the stop: %+v", r)
+	}
+}
+
+// While a sidecar that stops waits for a stream, packets go on both ways.
+func TestPacketsGoOnThroughADrain(t *testing.T) {
+	p := newPair(t)
+	near, err := net.Dial("tcp4", netip.AddrPortFrom(p.addr(2, 1), port).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = near.Close() }()
+	_ = p.bob.tcp.SetDeadline(time.Now().Add(10 * time.Second))
+	far, err := p.bob.tcp.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = far.Close() }()
+	both := func(when string) {
+		p.alice.send(t, p.addr(2, 1), when)
+		if got, _ := p.bob.receive(t); got != when {
+			t.Errorf("%s: bob's server got %q", when, got)
+		}
+		p.bob.send(t, p.addr(1, 1), when)
+		if got, _ := p.alice.receive(t); got != when {
+			t.Errorf("%s: alice's server got %q", when, got)
+		}
+	}
+	both("before")
+	stopped := make(chan struct{})
+	go func() { defer close(stopped); p.bob.stop() }()
+	eventually(t, func() error {
+		if !p.bob.draining.Load() {
+			return errors.New("not draining")
+		}
+		return nil
+	})
+	for i := range 10 {
+		both(fmt.Sprintf("during %d", i))
+	}
+	_ = near.Close()
+	_ = far.Close()
+	select {
+	case <-stopped:
+	case <-time.After(3 * time.Second):
+		t.Error("not stopped 3 s after the last stream had ended")
 	}
 }
 

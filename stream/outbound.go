@@ -8,7 +8,6 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/catalog"
-	"culvert/internal/connset"
 	"culvert/internal/pipe"
 )
 
@@ -29,12 +28,11 @@ type OutboundOptions struct {
 type Outbound struct {
 	*relays
 	dial DialPeer
-	open *connset.Set
 }
 
 // NewOutbound returns an Outbound that reaches peers with dial.
 func NewOutbound(dial DialPeer, o OutboundOptions) *Outbound {
-	return &Outbound{relays: newRelays(out, o.Log, o.Metrics), dial: dial, open: connset.New()}
+	return &Outbound{relays: newRelays(out, o.Log, o.Metrics), dial: dial}
 }
 
 // Stream connects to the peer and relays until both sides have ended or ctx
@@ -58,7 +56,3 @@ func (o *Outbound) Stream(ctx context.Context, to catalog.Key, service string, c
 	}
 	o.join(ctx, to, service, c, far)
 }
-
-// Drain refuses new streams and waits until those that are open have ended. It
-// aborts what is left when ctx ends, and returns how many that were.
-func (o *Outbound) Drain(ctx context.Context) int { return o.open.Drain(ctx) }
