@@ -24,7 +24,7 @@ type packetHandler struct{ *Sidecar }
 func (s packetHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(s.packetsUntil, cancel)()
+	defer context.AfterFunc(s.packetsUntil, cancel)() //nolint:contextcheck // either may end it: the connection, or the drain
 	from, service := c.Peer(), c.Route().Service
 	deliver := func(payload []byte) error { return s.deliver(from, service, payload) }
 	s.warnUndeliverable(c)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"testing"
 
 	"culvert/config"
@@ -34,6 +35,9 @@ func run(m *testing.M) int {
 	defer func() { _ = os.RemoveAll(dir) }()
 	lab.Configs = dir
 	code := m.Run()
+	if given("list") {
+		return code // nothing was to run
+	}
 	ran, skipped := lab.Counts()
 	inSource, err := countTests()
 	if err != nil {
@@ -51,18 +55,30 @@ func run(m *testing.M) int {
 			return 1
 		}
 	}
-	chosen := flag.Lookup("test.run").Value.String() != ""
+	chosen := given("run") || given("skip")
 	if code == 0 && !chosen && skipped == 0 {
 		if unused, err := unusedAttributes(dir); err != nil || len(unused) > 0 {
 			fmt.Fprintf(os.Stderr, "attributes of the configuration that no end-to-end test uses: %v (%v)\n", unused, err)
 			return 1
 		}
 	}
-	if code == 0 && os.Getenv("CULVERT_E2E") == "require" && !chosen && (skipped > 0 || int(ran) != inSource) {
+	if code == 0 && os.Getenv("CULVERT_E2E") == "require" && !chosen && (skipped > 0 || int(ran) != inSource*rounds()) {
 		fmt.Fprintln(os.Stderr, "CULVERT_E2E=require: every end-to-end test must run")
 		return 1
 	}
 	return code
+}
+
+// given tells whether a flag of go test was set.
+func given(name string) bool { return flag.Lookup("test."+name).Value.String() != "" }
+
+// rounds is how often each test runs: the value of -count.
+func rounds() int {
+	n, err := strconv.Atoi(flag.Lookup("test.count").Value.String())
+	if err != nil {
+		return 1
+	}
+	return n
 }
 
 // unusedAttributes lists the attributes of the schema that no configuration of

@@ -42,6 +42,7 @@ func (h *Host) StartAnother(kind, name, config, admin string) *Daemon {
 	file := h.WriteFile(name+".hcl", config)
 	keepConfig(h.t, kind, config)
 	d := &Daemon{Process: h.Start("culvert-"+name, program, kind, "--config", file), host: h, admin: admin}
+	h.t.Cleanup(d.Stop)
 	d.AwaitReady()
 	return d
 }
@@ -67,6 +68,24 @@ func keepConfig(t testing.TB, kind, config string) {
 	}
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Stop ends the daemon as its operator does. The test fails if it had ended by
+// itself before, or ends with anything but status 0. It does nothing after
+// another Stop or Kill.
+func (d *Daemon) Stop() {
+	d.host.t.Helper()
+	alone := d.Ended()
+	if d.ask() {
+		return
+	}
+	d.Process.Stop()
+	switch err := d.Err(); {
+	case alone:
+		d.host.t.Errorf("%s on %s has ended by itself: %v", d.Name, d.host.Name, err)
+	case err != nil:
+		d.host.t.Errorf("%s on %s was stopped and ended with: %v", d.Name, d.host.Name, err)
 	}
 }
 

@@ -25,6 +25,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -203,6 +204,12 @@ func (h *Host) quiet(ipv6 bool) {
 		set["ipv6/conf/all/accept_ra"], set["ipv6/conf/default/accept_ra"] = "0", "0"
 		set["ipv6/conf/default/router_solicitations"] = "0"
 		set["ipv6/conf/wan0/router_solicitations"] = "0"
+		// While a link-local address is being detected, for a second or two, a
+		// router asks for no neighbour and answers for those behind it that
+		// there is no route.
+		for _, link := range []string{"all", "default", "eth0", "wan0"} {
+			set["ipv6/conf/"+link+"/accept_dad"] = "0"
+		}
 	} else {
 		set["ipv6/conf/all/disable_ipv6"], set["ipv6/conf/default/disable_ipv6"] = "1", "1"
 	}
@@ -300,21 +307,44 @@ func sweep() {
 // there.
 func (h *Host) Do(f func() error) error {
 	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
-		ns, err := os.Open("/var/run/netns/" + h.NS)
-		if err != nil {
-			done <- err
-			return
-		}
-		defer func() { _ = ns.Close() }()
-		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("enter %s: %w", h.NS, err)
-			return
-		}
-		done <- f()
-	}()
-	return <-done
+	go onSpareThread(func() {
+		// Runs also where f ends its goroutine, as t.Fatal does.
+		defer close(done)
+		done <- h.enter(f)
+	})
+	err, returned := <-done
+	if !returned {
+		return fmt.Errorf("in %s: ended without returning", h.NS)
+	}
+	return err
+}
+
+// onSpareThread runs f on a thread that ends with it. Never on the main one:
+// that cannot end (the runtime parks it), would hold the namespace for as long
+// as the process lives, and is what /proc/self and `ip netns pids` go by.
+func onSpareThread(f func()) {
+	runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
+	if unix.Gettid() != unix.Getpid() {
+		f()
+		return
+	}
+	defer runtime.UnlockOSThread()
+	var other sync.WaitGroup
+	other.Go(func() { onSpareThread(f) }) // elsewhere, as this one is taken
+	other.Wait()
+}
+
+// enter puts the calling thread into the host's namespace and runs f.
+func (h *Host) enter(f func() error) error {
+	ns, err := os.Open("/var/run/netns/" + h.NS)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = ns.Close() }()
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("enter %s: %w", h.NS, err)
+	}
+	return f()
 }
 
 // in returns what f makes inside the host's namespace.

@@ -27,9 +27,11 @@ type Process struct {
 	args []string
 	path string // of its output
 
-	mu   sync.Mutex
-	cmd  *exec.Cmd
-	done chan struct{}
+	mu    sync.Mutex
+	cmd   *exec.Cmd
+	done  chan struct{}
+	asked bool  // to end, by Stop, Kill or Signal
+	err   error // how it ended; read after done
 }
 
 // starter starts processes from one thread that lives as long as the test
@@ -80,13 +82,33 @@ func (p *Process) Again() {
 		p.host.t.Fatalf("start %s on %s: %v", p.Name, p.host.Name, err)
 	}
 	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_ = cmd.Wait() // how it ended is in its log
-	}()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.cmd, p.done = cmd, done
+	p.cmd, p.done, p.asked, p.err = cmd, done, false, nil
+	go p.wait(cmd, done)
+}
+
+func (p *Process) wait(cmd *exec.Cmd, done chan<- struct{}) {
+	defer close(done)
+	err := cmd.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.err = err
+}
+
+// ask notes that the process is to end, and tells whether that was so before.
+func (p *Process) ask() (before bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	before, p.asked = p.asked, true
+	return before
+}
+
+// Err is how the process ended: nil with status 0, and while it runs.
+func (p *Process) Err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
 }
 
 func (p *Process) running() (*exec.Cmd, chan struct{}) {
@@ -108,6 +130,7 @@ func (p *Process) Ended() bool {
 
 // Kill ends the process with SIGKILL and waits for it.
 func (p *Process) Kill() {
+	p.ask()
 	cmd, done := p.running()
 	_ = cmd.Process.Kill() // an error means that it has gone
 	<-done
@@ -116,6 +139,9 @@ func (p *Process) Kill() {
 // Signal sends a signal.
 func (p *Process) Signal(s os.Signal) {
 	p.host.t.Helper()
+	if s == syscall.SIGTERM || s == syscall.SIGINT || s == syscall.SIGKILL {
+		p.ask()
+	}
 	cmd, _ := p.running()
 	if err := cmd.Process.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		p.host.t.Errorf("signal %s: %v", p.Name, err)

@@ -88,8 +88,7 @@ func (a *SerfAgent) Members() (map[string]string, error) {
 	return status, nil
 }
 
-// Sees returns an error unless exactly these members are known, all with the
-// status.
+// Sees returns an error unless these members, and no others, have the status.
 func (a *SerfAgent) Sees(status string, names ...string) error {
 	got, err := a.Members()
 	if err != nil {
@@ -98,6 +97,11 @@ func (a *SerfAgent) Sees(status string, names ...string) error {
 	for _, name := range names {
 		if got[name] != status {
 			return fmt.Errorf("%s sees %v, want %s %s", a.Name, got, name, status)
+		}
+	}
+	for name, s := range got {
+		if s == status && !slices.Contains(names, name) {
+			return fmt.Errorf("%s sees %v, want %s %v alone", a.Name, got, status, names)
 		}
 	}
 	return nil
