@@ -6,7 +6,7 @@
 //		{Name: "rpc", Kind: alpn.KindStream},
 //	})
 //	srv, err := alpn.NewServer(table, creds, alpn.ServerOptions{Packet: packets, Stream: streams})
-//	srv.ServeConn(ctx, conn) // from package mux; conn's first bytes are not consumed
+//	srv.ServeConn(ctx, conn, establish) // from package mux; conn's first bytes are not consumed
 //
 //	d := alpn.NewDialer(table, creds, alpn.DialerOptions{})
 //	c, err := d.Dial(ctx, raw, "bob.server.dc2.consul", "gossip-packet")
@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"culvert/certs"
+	"culvert/sniff"
 )
 
 // HandshakeTimeout and HelloTimeout are the budgets of the two phases before a
@@ -50,12 +51,9 @@ type Credentials interface {
 	PeerIdentity(cs tls.ConnectionState) (certs.Identity, error)
 }
 
-// The reasons for which a [Server] refuses a connection, beside those of certs.
+// The reasons for which a [Server] refuses a connection, beside those of sniff
+// and certs.
 const (
-	reasonHelloTimeout     = "hello_timeout"
-	reasonHelloMalformed   = "hello_malformed"
-	reasonHelloTooLarge    = "hello_too_large"
-	reasonHelloTruncated   = "hello_truncated"
 	reasonNoALPN           = "no_alpn"
 	reasonUnknownALPN      = "unknown_alpn"
 	reasonHandshakeTimeout = "handshake_timeout"
@@ -68,10 +66,7 @@ const (
 // closed set of values that ServerOptions.Refused is called with. Those that a
 // certificate gave are the reasons of [certs.PeerError] behind "cert_".
 func Reasons() []string {
-	reasons := []string{
-		reasonHelloTimeout, reasonHelloMalformed, reasonHelloTooLarge, reasonHelloTruncated,
-		reasonNoALPN, reasonUnknownALPN, reasonHandshakeTimeout, reasonHandshake,
-	}
+	reasons := append(sniff.Reasons(), reasonNoALPN, reasonUnknownALPN, reasonHandshakeTimeout, reasonHandshake)
 	for _, r := range certs.Reasons() {
 		reasons = append(reasons, certPrefix+r)
 	}

@@ -23,7 +23,7 @@ func contextWithCancel(t *testing.T) (context.Context, context.CancelFunc) {
 	return context.WithCancel(t.Context())
 }
 
-func sniffConn(c net.Conn) *sniff.Conn { return sniff.NewConn(c) }
+func sniffConn(c net.Conn) *sniff.Conn { return sniff.NewConn(c, nil) }
 
 // wantClosed asserts that Dial gave up its raw connection.
 func wantClosed(t *testing.T, raw net.Conn) {

@@ -91,7 +91,7 @@ func (a *acceptor) serve(t testing.TB, c net.Conn) (done <-chan struct{}) {
 	ch := make(chan struct{})
 	go func() {
 		defer close(ch)
-		a.ServeConn(t.Context(), sniff.NewConn(c))
+		a.ServeConn(t.Context(), sniff.NewConn(c, nil), func(bool) bool { return true })
 	}()
 	t.Cleanup(func() { c.Close(); <-ch })
 	return ch

@@ -100,16 +100,22 @@ func (o *ServerOptions) handler(k Kind) Handler {
 }
 
 // ServeConn serves one connection to its end. It owns c. What is wrong with the
-// connection is logged and counted here. When ctx ends before the connection has
-// a handler, it is closed.
-func (s *Server) ServeConn(ctx context.Context, c *sniff.Conn) {
+// connection is logged and counted here. Once its peer is verified it calls
+// establish, with true for packets, whose connections do not end by themselves;
+// where that returns false, and when ctx ends before, the connection is closed
+// and nothing counted.
+func (s *Server) ServeConn(ctx context.Context, c *sniff.Conn, establish func(lasting bool) bool) {
 	remote := c.RemoteAddr()
 	if !s.admit(c, remote) {
 		return
 	}
 	raw, peeked := c.Detach()
 	conn, err := s.handshake(ctx, raw, peeked)
-	if err != nil {
+	switch {
+	case ctx.Err() != nil, errors.Is(err, net.ErrClosed), err == nil && !establish(conn.route.Kind == KindPacket):
+		pipe.Abort(raw) // given up on this side, and no fault of the peer's
+		return
+	case err != nil:
 		s.metrics.acceptError.Inc()
 		s.refuse(remote, err)
 		// The client may have sent already: in TLS 1.3 it believes itself
@@ -125,10 +131,12 @@ func (s *Server) ServeConn(ctx context.Context, c *sniff.Conn) {
 // returns false, c is closed.
 func (s *Server) admit(c *sniff.Conn, remote net.Addr) bool {
 	reason, description, err := s.judge(c)
-	if reason == "" {
+	if err == nil {
 		return true
 	}
-	s.opts.Refused(reason)
+	if reason != "" {
+		s.opts.Refused(reason)
+	}
 	s.log.Debug("connection refused", zap.Stringer("remote", remote), zap.String("reason", reason), zap.Error(err))
 	if description == 0 {
 		pipe.Abort(c)
@@ -138,24 +146,18 @@ func (s *Server) admit(c *sniff.Conn, remote net.Addr) bool {
 	return false
 }
 
-// judge returns a reason and an alert, 0 for none, or "" for a hello that names
-// a protocol of the table.
+// judge reads the hello. For one that names no protocol of the table, as for none
+// at all, the error says why, and reason and description are as in
+// [sniff.Verdict].
 func (s *Server) judge(c *sniff.Conn) (reason string, description byte, err error) {
-	if err := c.SetReadDeadline(time.Now().Add(s.opts.HelloTimeout)); err != nil {
-		return reasonHelloTruncated, 0, err
+	err = c.SetReadDeadline(time.Now().Add(s.opts.HelloTimeout))
+	var hello sniff.Hello
+	if err == nil {
+		hello, err = c.Hello()
 	}
-	hello, err := c.Hello()
-	var large *sniff.TooLargeError
-	switch {
-	case err == nil:
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return reasonHelloTimeout, 0, err
-	case errors.As(err, &large):
-		return reasonHelloTooLarge, alert.DecodeError, err
-	case errors.Is(err, sniff.ErrMalformed), errors.Is(err, sniff.ErrNotTLS):
-		return reasonHelloMalformed, alert.DecodeError, err
-	default: // an end or a reset before the hello was whole
-		return reasonHelloTruncated, 0, err
+	if err != nil {
+		reason, description = sniff.Verdict(err)
+		return reason, description, err
 	}
 	if len(hello.Protocols) == 0 {
 		return reasonNoALPN, alert.NoApplicationProtocol, errors.New("client names no protocol")

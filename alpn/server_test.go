@@ -35,10 +35,10 @@ func TestRefusedBeforeHandshake(t *testing.T) {
 		"no ALPN":          {clientHello(t), false, reasonNoALPN, 120},
 		"unknown ALPN":     {clientHello(t, "h2", "http/1.1"), false, reasonUnknownALPN, 120},
 		"http/1.1 alone":   {clientHello(t, "http/1.1"), false, reasonUnknownALPN, 120},
-		"no hello":         {[]byte{22, 3, 1, 0, 4, 2, 0, 0, 0}, false, reasonHelloMalformed, 50},
-		"too large":        {large, false, reasonHelloTooLarge, 50},
-		"half and the end": {hello[:len(hello)/2], true, reasonHelloTruncated, 0},
-		"nothing at all":   {nil, true, reasonHelloTruncated, 0},
+		"no hello":         {[]byte{22, 3, 1, 0, 4, 2, 0, 0, 0}, false, "hello_malformed", 50},
+		"too large":        {large, false, "hello_too_large", 50},
+		"half and the end": {hello[:len(hello)/2], true, "hello_truncated", 0},
+		"nothing at all":   {nil, true, "hello_truncated", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
@@ -98,7 +98,7 @@ func TestTimeouts(t *testing.T) {
 		send   []byte
 		reason string
 	}{
-		"half a hello":             {hello[:100], reasonHelloTimeout},
+		"half a hello":             {hello[:100], "hello_timeout"},
 		"a hello and nothing more": {hello, reasonHandshakeTimeout},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -250,7 +250,8 @@ func TestNewServerWantsHandlers(t *testing.T) {
 	}
 }
 
-// When the process stops, a handshake in progress ends with it.
+// When the process stops, a handshake in progress ends with it, and that is not
+// the peer's doing.
 func TestStopDuringHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSite(t)
@@ -260,7 +261,7 @@ func TestStopDuringHandshake(t *testing.T) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			s.accept.ServeConn(ctx, sniffConn(server))
+			s.accept.ServeConn(ctx, sniffConn(server), func(bool) bool { return true })
 		}()
 		if _, err := client.Write(clientHello(t, "culvert/stream/1/rpc")); err != nil {
 			t.Fatal(err)
@@ -272,7 +273,7 @@ func TestStopDuringHandshake(t *testing.T) {
 		if d := time.Since(start); d > 2*time.Second {
 			t.Errorf("ServeConn went on for %v", d)
 		}
-		s.accept.wantRefused(t, reasonHandshake)
+		s.accept.wantRefused(t)
 	})
 }
 

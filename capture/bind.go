@@ -18,6 +18,7 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/catalog"
+	"culvert/internal/connset"
 )
 
 // DefaultMaxStreams is how many captured connections may be open at once where
@@ -65,6 +66,8 @@ type Bind struct {
 	warned sometimes
 	wg     sync.WaitGroup
 
+	hairpins *connset.Set // connections of the server's to itself
+
 	mu        sync.Mutex
 	endpoints map[endpointKey]*endpoint
 	ctx       context.Context // Run's, for endpoints that Set opens later
@@ -110,6 +113,7 @@ func NewBind(peers []catalog.Peer, o BindOptions) (*Bind, error) {
 		o: o, log: o.Log.Named("capture"),
 		local:     localAddrs{known: []netip.Addr{o.Server, o.Advertise}},
 		slots:     make(chan struct{}, o.MaxStreams),
+		hairpins:  connset.New(),
 		endpoints: make(map[endpointKey]*endpoint),
 	}
 	if err := b.Set(peers); err != nil {
@@ -283,6 +287,11 @@ func (b *Bind) Run(ctx context.Context) error {
 	b.wg.Wait()
 	return nil
 }
+
+// Drain refuses new connections of the server's to itself and waits until those
+// that are open have ended. It aborts what is left when ctx ends, and returns how
+// many that were.
+func (b *Bind) Drain(ctx context.Context) int { return b.hairpins.Drain(ctx) }
 
 // Close closes the endpoints. After Run has been called it is Run's context
 // that does so.

@@ -281,19 +281,77 @@ func TestHairpin(t *testing.T) {
 	}
 }
 
+// The server's connections to itself are waited for when a sidecar stops, as
+// those to its peers are, and then cut off.
+func TestHairpinsAreDrained(t *testing.T) {
+	h := newHost(t, true)
+	connect := func() (near, far *net.TCPConn) {
+		near = dialFrom(t, serverAddr, netip.AddrPortFrom(selfAddr, h.port))
+		_ = h.tcp.SetDeadline(time.Now().Add(5 * time.Second))
+		far, err := h.tcp.AcceptTCP()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = far.Close() })
+		return near, far
+	}
+	endingNear, endingFar := connect()
+	near, _ := connect()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	left := make(chan int)
+	go func() { left <- h.bind.Drain(ctx) }()
+	for begun := false; !begun; {
+		remove, ok := h.bind.hairpins.Add(new(net.TCPConn))
+		remove()
+		begun = !ok
+	}
+	if err := h.serverDialsItself(); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("a new connection during the drain: %v, want a reset", err)
+	}
+	if _, err := io.WriteString(endingFar, "bye"); err != nil {
+		t.Fatal(err)
+	}
+	_ = endingFar.Close()
+	if got, err := io.ReadAll(endingNear); err != nil || string(got) != "bye" {
+		t.Errorf("during the drain: %q, %v", got, err)
+	}
+	_ = endingNear.Close()
+	select {
+	case n := <-left:
+		t.Fatalf("drained with %d left while a connection was open", n)
+	case <-time.After(50 * time.Millisecond):
+	}
+	cancel()
+	if n := <-left; n != 1 {
+		t.Errorf("%d connections were cut off, want 1", n)
+	}
+	_ = near.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("after the drain: %v, want a reset", err)
+	}
+}
+
 // A hairpin to a server that is down is refused as the server itself would.
 func TestHairpinToAServerThatIsDown(t *testing.T) {
 	h := newHost(t, true)
 	_ = h.tcp.Close()
-	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: serverAddr.AsSlice()}, Timeout: 5 * time.Second}
-	c, err := d.Dial("tcp4", netip.AddrPortFrom(selfAddr, h.port).String())
-	if err == nil { // the reset may come as early as that
-		defer func() { _ = c.Close() }()
-		_, err = c.Read(make([]byte, 1))
-	}
-	if !errors.Is(err, syscall.ECONNRESET) {
+	if err := h.serverDialsItself(); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("dial and read: %v, want a reset", err)
 	}
+}
+
+// serverDialsItself returns how a connection through the hairpin ends.
+func (h *host) serverDialsItself() error {
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: serverAddr.AsSlice()}, Timeout: 5 * time.Second}
+	c, err := d.Dial("tcp4", netip.AddrPortFrom(selfAddr, h.port).String())
+	if err != nil { // the reset may come as early as that
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	_, err = c.Read(make([]byte, 1))
+	return err
 }
 
 func TestHairpinWhereTheServerHasTheAddress(t *testing.T) {

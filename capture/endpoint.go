@@ -151,6 +151,12 @@ func (b *Bind) serveStream(ctx context.Context, e *endpoint, c *net.TCPConn) {
 		b.o.Handler.Stream(ctx, to, e.service.Name, c)
 		return
 	}
+	remove, ok := b.hairpins.Add(c)
+	if !ok { // stopping
+		pipe.Abort(c)
+		return
+	}
+	defer remove()
 	b.o.Metrics.countHairpin(false)
 	server, err := b.DialServer(ctx, to, e.service.Name)
 	if err != nil {

@@ -171,7 +171,7 @@ func TestInboundRefusals(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "ca.pem"), append(ca.PEM, oldCA.PEM...), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := src.Reload(); err != nil {
+	if err := reload(src); err != nil {
 		t.Fatal(err)
 	}
 	bundle := issuedBy(ca) + strings.Replace(issuedBy(oldCA), "issued by", " or", 1)

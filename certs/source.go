@@ -32,7 +32,6 @@ type Options struct {
 type Source struct {
 	opts    Options
 	log     *zap.Logger
-	reload  sync.Mutex // one Reload at a time
 	current atomic.Pointer[generation]
 }
 
@@ -71,10 +70,9 @@ func Load(o Options) (*Source, error) {
 
 // Reload reads the files again. If anything is wrong with them, or they make
 // this process another identity, the old certificates stay in use and
-// the error says why. Connections that are up stay up.
-func (s *Source) Reload() error {
-	s.reload.Lock()
-	defer s.reload.Unlock()
+// the error says why. Otherwise the new ones are used from the call of use on, so
+// that other parts can be asked before. Connections that are up stay up.
+func (s *Source) Reload() (use func(), err error) {
 	g, err := s.load()
 	if err == nil && g.identity != s.Identity() {
 		err = &loadError{{
@@ -85,11 +83,12 @@ func (s *Source) Reload() error {
 	}
 	if err != nil {
 		s.opts.Metrics.failed.Inc()
-		return err
+		return nil, err
 	}
-	s.opts.Metrics.ok.Inc()
-	s.use(g)
-	return nil
+	return func() {
+		s.opts.Metrics.ok.Inc()
+		s.use(g)
+	}, nil
 }
 
 func (s *Source) load() (*generation, error) {

@@ -108,12 +108,36 @@ func TestResumedClientIsVerifiedAgain(t *testing.T) {
 	}
 }
 
+// reload takes new certificates into use, where they are good.
+func reload(s *Source) error {
+	use, err := s.Reload()
+	if err == nil {
+		use()
+	}
+	return err
+}
+
+// What was read is used when it is asked for and not before.
+func TestReloadWaits(t *testing.T) {
+	p := newPair(t, testpki.New(t, "consul"))
+	before := p.server.NotAfter()
+	p.ca.WriteFiles(t, p.serverDir, p.ca.Leaf(t, testpki.Server("dc1", "alice"), testpki.NotAfter(before.Add(-time.Hour))))
+	use, err := p.server.Reload()
+	if err != nil || !p.server.NotAfter().Equal(before) {
+		t.Fatalf("after the reading: until %v, %v", p.server.NotAfter(), err)
+	}
+	use()
+	if got := p.server.NotAfter(); !got.Equal(before.Add(-time.Hour)) {
+		t.Errorf("in use until %v", got)
+	}
+}
+
 func TestReloadOfTheServersCA(t *testing.T) {
 	p := newPair(t, testpki.New(t, "consul"))
 	p.resume(t)
 	next := testpki.New(t, "consul")
 	next.WriteFiles(t, p.serverDir, next.Leaf(t, testpki.Server("dc1", "alice")))
-	if err := p.server.Reload(); err != nil {
+	if err := reload(p.server); err != nil {
 		t.Fatal(err)
 	}
 	lenient := p.client.ClientConfig(aliceName, []string{"p"}) // with the ticket
@@ -130,7 +154,7 @@ func TestReloadOfTheClientsCA(t *testing.T) {
 	p.resume(t)
 	next := testpki.New(t, "consul")
 	next.WriteFiles(t, p.clientDir, next.Leaf(t, bob()))
-	if err := p.client.Reload(); err != nil {
+	if err := reload(p.client); err != nil {
 		t.Fatal(err)
 	}
 	_, client := p.connect()
@@ -148,7 +172,7 @@ func TestReloadOfTheLeaf(t *testing.T) {
 	p.resume(t)
 	leaf := p.ca.Leaf(t, bob())
 	p.ca.WriteFiles(t, p.clientDir, leaf)
-	if err := p.client.Reload(); err != nil {
+	if err := reload(p.client); err != nil {
 		t.Fatal(err)
 	}
 	server, client := p.connect()
@@ -201,7 +225,7 @@ func TestFailedReloadKeepsTheOld(t *testing.T) {
 	for want, f := range spoil {
 		ca.WriteFiles(t, dir, good)
 		f()
-		if err := src.Reload(); err == nil || !strings.Contains(err.Error(), want) {
+		if err := reload(src); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("Reload: %v; want %q", err, want)
 		}
 		if src.Identity().String() != "dc1/alice" || !src.NotAfter().Equal(good.Leaf.NotAfter) {
@@ -212,7 +236,7 @@ func TestFailedReloadKeepsTheOld(t *testing.T) {
 	short := testpki.New(t, "consul", testpki.NotAfter(time.Now().Add(-time.Hour)))
 	ca.WriteFiles(t, dir, later)
 	write(t, o.CAFile, string(ca.PEM)+string(short.PEM)) // the old CA has ended, and that is no fault
-	if err := src.Reload(); err != nil {
+	if err := reload(src); err != nil {
 		t.Fatal(err)
 	}
 	if err := src.Valid(time.Now()); err != nil {
@@ -251,7 +275,7 @@ func TestConcurrentRotation(t *testing.T) {
 	rotate := func(s *Source, dir string, ca *testpki.CA, who testpki.Option) {
 		ca.WriteFiles(t, dir, ca.Leaf(t, who))
 		write(t, filepath.Join(dir, "ca.pem"), both)
-		if err := s.Reload(); err != nil {
+		if err := reload(s); err != nil {
 			t.Error(err)
 		}
 	}

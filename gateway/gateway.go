@@ -35,7 +35,6 @@ import (
 
 	"culvert/admin"
 	"culvert/config"
-	"culvert/internal/connset"
 	"culvert/internal/resolve"
 	"culvert/internal/sample"
 	"culvert/locator"
@@ -54,6 +53,7 @@ const (
 const (
 	maxConns          = 16 << 10
 	maxConnsPerSource = 8 << 10
+	maxPending        = 1 << 10
 )
 
 // Options are what the program gives a [Gateway] beside its configuration.
@@ -86,8 +86,6 @@ type Gateway struct {
 	dials    *locator.Metrics
 
 	inflight *inflight
-	streams  *connset.Set // the drain waits for these
-	packets  *connset.Set // and not for these
 	warned   sample.Sampler
 	ready    atomic.Bool
 
@@ -105,8 +103,6 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 		log:      o.Log.Named("gateway"),
 		metrics:  newMetrics(o.Registry),
 		inflight: newInflight(),
-		streams:  connset.New(),
-		packets:  connset.New(),
 		resolver: resolve.New(resolve.Options{}),
 		dials:    locator.NewMetrics(o.Registry),
 	}
@@ -123,6 +119,7 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 	g.mux, err = mux.New(ln, mux.Options{
 		MaxConns:          maxConns,
 		MaxConnsPerSource: maxConnsPerSource,
+		MaxPending:        maxPending,
 		DrainTimeout:      o.DrainTimeout,
 		TLS:               mux.HandlerFunc(g.serve),
 		Log:               o.Log,
@@ -227,7 +224,6 @@ func (g *Gateway) Run(ctx context.Context) error {
 	adminCtx, stopAdmin := context.WithCancel(context.WithoutCancel(ctx))
 	poolCtx, stopPools := context.WithCancel(context.WithoutCancel(ctx))
 	ctx, stop := context.WithCancel(ctx)
-	var wg sync.WaitGroup
 	var adminErr error
 	adminDone := make(chan struct{})
 	go func() {
@@ -237,30 +233,17 @@ func (g *Gateway) Run(ctx context.Context) error {
 		}
 	}()
 	g.backends.run(poolCtx)
-	wg.Go(func() { g.drain(ctx) })
 	g.ready.Store(true)
+	unready := context.AfterFunc(ctx, func() { g.ready.Store(false) })
+	defer unready()
 	g.log.Info("gateway is up", zap.Stringer("address", g.Addr()), zap.Stringer("admin", g.AdminAddr()))
 
 	muxErr := g.mux.Run(ctx)
 	stop()
-	wg.Wait()
 	stopPools()
 	g.backends.wait()
 	g.resolver.Close()
 	stopAdmin()
 	<-adminDone
 	return errors.Join(muxErr, adminErr)
-}
-
-// drain waits for ctx and then ends the connections, as [Gateway.Run] says.
-func (g *Gateway) drain(ctx context.Context) {
-	<-ctx.Done()
-	g.ready.Store(false)
-	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), g.opts.DrainTimeout)
-	defer cancel()
-	streams := g.streams.Drain(limit)
-	now, cancel := context.WithCancel(limit)
-	cancel()
-	packets := g.packets.Drain(now)
-	g.log.Info("gateway is drained", zap.Int("streams_cut", streams), zap.Int("packet_connections_cut", packets))
 }

@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 
 	"culvert/config"
+	"culvert/internal/alert"
 	"culvert/internal/testpki"
 )
 
@@ -239,9 +240,9 @@ func TestRouteToItself(t *testing.T) {
 func TestMalformedHellos(t *testing.T) {
 	g := startGateway(t, config.Gateway{Datacenter: "dc1", Node: "gw"}, Options{HelloTimeout: 100 * time.Millisecond})
 	for _, c := range []struct{ name, send, reason, answer string }{
-		{"no hello", "\x16\x03\x01\x00\x05\x02\x00\x00\x01\x00", reasonHelloMalformed, "\x15\x03\x03\x00\x02\x02\x32"},
-		{"too large", "\x16\x03\x01\x40\x00\x01\xff\xff\xff" + strings.Repeat("x", 64), reasonHelloTooLarge, "\x15\x03\x03\x00\x02\x02\x32"},
-		{"half of one", "\x16\x03\x01\x01\x00\x01\x00", reasonHelloTimeout, ""},
+		{"no hello", "\x16\x03\x01\x00\x05\x02\x00\x00\x01\x00", "hello_malformed", "\x15\x03\x03\x00\x02\x02\x32"},
+		{"too large", "\x16\x03\x01\x40\x00\x01\xff\xff\xff" + strings.Repeat("x", 64), "hello_too_large", "\x15\x03\x03\x00\x02\x02\x32"},
+		{"half of one", "\x16\x03\x01\x01\x00\x01\x00", "hello_timeout", ""},
 	} {
 		conn, err := net.Dial("tcp4", g.Addr().String())
 		if err != nil {
@@ -300,6 +301,45 @@ func TestResetAndBytes(t *testing.T) {
 	}
 	if in := testutil.ToFloat64(g.metrics.to("dc1").in); in != float64(n) {
 		t.Errorf("%v bytes counted, want %d", in, n)
+	}
+}
+
+// A stranger that stays silent after its server has refused it holds no place.
+func TestRefusedStrangerHoldsNoPlace(t *testing.T) {
+	ca := testpki.New(t, "consul")
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	g := startGateway(t, config.Gateway{
+		Datacenter: "dc1", Node: "gw", Sidecars: []config.GatewaySidecar{{Node: "alice", Address: ln.Addr().String(), Domain: "consul"}},
+	}, Options{})
+	near, err := net.Dial("tcp4", g.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = near.Close() }()
+	_ = near.SetDeadline(time.Now().Add(10 * time.Second))
+	var hello bytes.Buffer
+	go func() {
+		_ = tls.Client(tee{near, &hello}, &tls.Config{ServerName: "alice.server.dc1.consul", RootCAs: ca.Pool(), MinVersion: tls.VersionTLS13}).Handshake()
+	}()
+	far, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := func() float64 { return testutil.ToFloat64(g.metrics.to("dc1").open) }
+	for deadline := time.Now().Add(5 * time.Second); open() != 1 && time.Now().Before(deadline); {
+		<-time.After(time.Millisecond)
+	}
+	alert.Refuse(far, alert.NoApplicationProtocol)
+	began := time.Now()
+	for open() != 0 {
+		if time.Since(began) > 3*time.Second {
+			t.Fatal("the gateway holds the connection 3 s after the server had closed it")
+		}
+		<-time.After(10 * time.Millisecond)
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"strings"
 	"time"
 
@@ -14,37 +13,30 @@ import (
 	"culvert/internal/alert"
 	"culvert/internal/pipe"
 	"culvert/internal/sockopt"
+	"culvert/mux"
 	"culvert/sniff"
 )
 
 // The reasons for which a TLS connection is refused.
 const (
-	reasonHelloTimeout   = "hello_timeout"
-	reasonHelloMalformed = "hello_malformed"
-	reasonHelloTooLarge  = "hello_too_large"
-	reasonHelloTruncated = "hello_truncated"
-	reasonNoServerName   = "no_server_name"
-	reasonUnknownName    = "unknown_name"
-	reasonLoop           = "loop"
-	reasonDraining       = "draining"
+	reasonNoServerName = "no_server_name"
+	reasonUnknownName  = "unknown_name"
+	reasonLoop         = "loop"
 )
 
 func reasons() []string {
-	return []string{
-		reasonHelloTimeout, reasonHelloMalformed, reasonHelloTooLarge, reasonHelloTruncated,
-		reasonNoServerName, reasonUnknownName, reasonLoop, reasonDraining,
-	}
+	return append(sniff.Reasons(), reasonNoServerName, reasonUnknownName, reasonLoop)
 }
 
 // A refusal is why a connection goes no further, and what its client is told.
 type refusal struct {
-	reason string
-	alert  byte // 0 for a reset
+	reason string // "" is not counted
+	alert  byte   // 0 for a reset
 	err    error
 }
 
 // serve serves one connection to its end. It owns c.
-func (g *Gateway) serve(ctx context.Context, c *sniff.Conn) {
+func (g *Gateway) serve(ctx context.Context, c *sniff.Conn, establish mux.Establish) {
 	remote := c.RemoteAddr()
 	hello, no := g.readHello(c)
 	if no != nil {
@@ -63,26 +55,19 @@ func (g *Gateway) serve(ctx context.Context, c *sniff.Conn) {
 		g.refuse(c, hello, &refusal{reasonUnknownName, alert.UnrecognizedName, errors.New("no route for this name")})
 		return
 	}
-	g.pass(ctx, c, hello, to)
+	g.pass(ctx, c, establish, hello, to)
 }
 
 // readHello reads the hello and judges it as far as no route is needed.
 func (g *Gateway) readHello(c *sniff.Conn) (sniff.Hello, *refusal) {
-	if err := c.SetReadDeadline(time.Now().Add(g.opts.HelloTimeout)); err != nil {
-		return sniff.Hello{}, &refusal{reasonHelloTruncated, 0, err}
+	err := c.SetReadDeadline(time.Now().Add(g.opts.HelloTimeout))
+	var hello sniff.Hello
+	if err == nil {
+		hello, err = c.Hello()
 	}
-	hello, err := c.Hello()
-	var large *sniff.TooLargeError
-	switch {
-	case err == nil:
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return hello, &refusal{reasonHelloTimeout, 0, err}
-	case errors.As(err, &large):
-		return hello, &refusal{reasonHelloTooLarge, alert.DecodeError, err}
-	case errors.Is(err, sniff.ErrMalformed), errors.Is(err, sniff.ErrNotTLS):
-		return hello, &refusal{reasonHelloMalformed, alert.DecodeError, err}
-	default: // an end or a reset before the hello was whole
-		return hello, &refusal{reasonHelloTruncated, 0, err}
+	if err != nil {
+		reason, description := sniff.Verdict(err)
+		return hello, &refusal{reason, description, err}
 	}
 	if hello.ServerName == "" {
 		return hello, &refusal{reasonNoServerName, alert.UnrecognizedName, errors.New("client names no server")}
@@ -92,7 +77,9 @@ func (g *Gateway) readHello(c *sniff.Conn) (sniff.Hello, *refusal) {
 
 // refuse counts and ends a connection that goes no further.
 func (g *Gateway) refuse(c net.Conn, hello sniff.Hello, no *refusal) {
-	g.metrics.refused.WithLabelValues(no.reason).Inc()
+	if no.reason != "" {
+		g.metrics.refused.WithLabelValues(no.reason).Inc()
+	}
 	g.log.Debug("connection refused", zap.Stringer("remote", c.RemoteAddr()), zap.String("reason", no.reason),
 		zap.String("server_name", hello.ServerName), zap.Error(no.err))
 	if no.alert == 0 {
@@ -111,9 +98,11 @@ func (g *Gateway) warnLoop(hello sniff.Hello, remote net.Addr, err error) {
 	}
 }
 
-// pass finds a backend for a connection and joins the two.
-func (g *Gateway) pass(ctx context.Context, c *sniff.Conn, hello sniff.Hello, to *backend) {
-	start := time.Now()
+// pass finds a backend for a connection and joins the two. Until there is one
+// the connection is pending, and may be given up for another; packet connections
+// are lasting.
+func (g *Gateway) pass(ctx context.Context, c *sniff.Conn, establish mux.Establish, hello sniff.Hello, to *backend) {
+	start, packets := time.Now(), offersPackets(hello.Protocols)
 	dialCtx, cancel := context.WithTimeout(ctx, g.opts.DialTimeout)
 	far, endpoint, err := to.pool.Dial(dialCtx)
 	cancel()
@@ -125,26 +114,22 @@ func (g *Gateway) pass(ctx context.Context, c *sniff.Conn, hello sniff.Hello, to
 	log := g.log.With(zap.Stringer("remote", c.RemoteAddr()), zap.String("server_name", hello.ServerName))
 	near, peeked := c.Detach()
 	if err != nil {
-		to.flow.dialFailed.Inc()
+		if ctx.Err() == nil {
+			to.flow.dialFailed.Inc()
+		}
 		log.Debug("no backend", zap.Error(err))
 		pipe.Abort(near) // refused is refused: the dialling side shall not wait
 		return
 	}
 	ends := &both{near, far}
-	set := g.streams
-	if offersPackets(hello.Protocols) {
-		set = g.packets
-	}
-	remove, ok := set.Add(ends)
-	if !ok {
-		g.metrics.refused.WithLabelValues(reasonDraining).Inc()
+	if !establish(packets) {
 		ends.Abort()
 		return
 	}
-	defer remove()
+	defer context.AfterFunc(ctx, ends.Abort)()
 	to.flow.ok.Inc()
 	defer to.opened(endpoint)()
-	if err := ends.tune(set == g.packets); err != nil {
+	if err := ends.tune(packets); err != nil {
 		log.Debug("socket options refused", zap.Error(err)) // it works without, only not as well
 	}
 	if err := ends.replay(peeked, g.opts.DialTimeout); err != nil {
@@ -160,7 +145,6 @@ func (g *Gateway) pass(ctx context.Context, c *sniff.Conn, hello sniff.Hello, to
 }
 
 // both are the two ends of one connection that is passed on.
-// To package connset it is the near end.
 type both struct {
 	net.Conn
 	far net.Conn
@@ -185,9 +169,6 @@ func (b *both) Abort() {
 	pipe.Abort(b.Conn)
 	pipe.Abort(b.far)
 }
-
-// Close closes both.
-func (b *both) Close() error { return errors.Join(b.Conn.Close(), b.far.Close()) }
 
 // tune sets the socket options of both.
 func (b *both) tune(packets bool) error {

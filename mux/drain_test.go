@@ -70,7 +70,7 @@ func (b *bubble) wantStop(t *testing.T, after time.Duration) {
 // refused is the count of each reason that is not 0.
 func (b *bubble) refused() map[string]float64 {
 	counts := make(map[string]float64)
-	for _, r := range []string{reasonNotTLS, reasonClosedEarly, reasonFirstByteTimeout, reasonLimitSource} {
+	for _, r := range []string{reasonNotTLS, reasonClosedEarly, reasonFirstByteTimeout, reasonLimitSource, reasonLimitPending} {
 		if n := testutil.ToFloat64(b.m.refused.WithLabelValues(r)); n != 0 {
 			counts[r] = n
 		}
@@ -116,7 +116,7 @@ func TestFirstByteTimeout(t *testing.T) {
 func TestFirstByteDeadlineIsCleared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ln := memnet.Listen()
-		b := runBubble(t, ln, Options{TLS: HandlerFunc(func(_ context.Context, c *sniff.Conn) {
+		b := runBubble(t, ln, Options{TLS: HandlerFunc(func(_ context.Context, c *sniff.Conn, _ Establish) {
 			defer func() { _ = c.Close() }()
 			if got, err := io.ReadAll(c); err != nil || string(got) != "\x16 late" {
 				t.Errorf("read %q, %v", got, err)
@@ -138,7 +138,7 @@ func TestSlowHelloDelaysNobody(t *testing.T) {
 		var slow atomic.Bool
 		b := runBubble(t, ln, Options{
 			Plain: echo("plain"),
-			TLS: HandlerFunc(func(_ context.Context, c *sniff.Conn) {
+			TLS: HandlerFunc(func(_ context.Context, c *sniff.Conn, _ Establish) {
 				defer func() { _ = c.Close() }()
 				_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
 				_, err := c.Hello()
@@ -161,16 +161,27 @@ func TestSlowHelloDelaysNobody(t *testing.T) {
 	})
 }
 
-// Who has sent nothing has nothing to lose: a stranger's silence must not make
-// each stop last until the end of the drain.
-func TestSilenceDoesNotDelayTheStop(t *testing.T) {
+// Who is not established has nothing to lose: a stranger's silence, or half of a
+// hello, must not make each stop last until the end of the drain.
+func TestStrangersDoNotDelayTheStop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ln := memnet.Listen()
-		b := runBubble(t, ln, Options{TLS: echo("tls")})
-		c := dialMem(t, ln, "")
+		b := runBubble(t, ln, Options{TLS: HandlerFunc(func(ctx context.Context, c *sniff.Conn, establish Establish) {
+			if _, err := c.Hello(); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("the hello ended with %v", err)
+			}
+			<-ctx.Done()
+			if establish(false) {
+				t.Error("established after the stop")
+			}
+			_ = c.Close()
+		})})
+		silent, half := dialMem(t, ln, ""), dialMem(t, ln, "\x16\x03\x01\x02\x00\x01")
 		b.wantStop(t, 0)
-		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("the silent one reads %v, want a reset", err)
+		for _, c := range []net.Conn{silent, half} {
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("a stranger reads %v, want a reset", err)
+			}
 		}
 		if got := b.refused(); len(got) != 0 {
 			t.Errorf("the drain was counted as a peer's doing: %v", got)
@@ -178,10 +189,130 @@ func TestSilenceDoesNotDelayTheStop(t *testing.T) {
 	})
 }
 
+// lasting is a handler of connections that end when they are told to.
+func lasting(told func()) Handler {
+	return HandlerFunc(func(ctx context.Context, c *sniff.Conn, establish Establish) {
+		establish(true)
+		<-ctx.Done()
+		told()
+		_ = c.Close()
+	})
+}
+
+// Packet connections are told to go when all else that is established has gone,
+// whoever holds it, and not before.
+func TestLastingConnectionsGoLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ln := memnet.Listen()
+		var began time.Time
+		var toldAfter time.Duration
+		b := runBubble(t, ln, Options{
+			TLS: lasting(func() { toldAfter = time.Since(began) }),
+			Plain: HandlerFunc(func(_ context.Context, c *sniff.Conn, establish Establish) {
+				establish(false)
+				_, _ = io.Copy(io.Discard, c)
+				_ = c.Close()
+			}),
+			Drain: func(context.Context) { <-time.After(3 * time.Second) },
+		})
+		dialMem(t, ln, "\x16")
+		plain := dialMem(t, ln, "x")
+		synctest.Wait()
+		began = time.Now()
+		time.AfterFunc(2*time.Second, func() { _ = plain.Close() })
+		b.wantStop(t, 3*time.Second)
+		if toldAfter != 3*time.Second {
+			t.Errorf("told to go after %v, want 3 s", toldAfter)
+		}
+	})
+}
+
+// One that does not go when it is told to has its time, and is cut off.
+func TestLingeringIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ln := memnet.Listen()
+		b := runBubble(t, ln, Options{TLS: HandlerFunc(func(_ context.Context, c *sniff.Conn, establish Establish) {
+			establish(true)
+			_, _ = io.Copy(io.Discard, c)
+		})})
+		c := dialMem(t, ln, "\x16")
+		b.wantStop(t, DefaultLingerTimeout)
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the peer reads %v, want a reset", err)
+		}
+	})
+}
+
+// Strangers who fill the room for what is not established push each other out,
+// and nobody who has come in.
+func TestPendingConnectionsMakeRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ln := memnet.Listen()
+		b := runBubble(t, ln, Options{MaxPending: 3, Plain: lasting(func() {}), TLS: HandlerFunc(func(ctx context.Context, c *sniff.Conn, _ Establish) {
+			<-ctx.Done()
+			_ = c.Close()
+		})})
+		in := dialMem(t, ln, "x")
+		synctest.Wait()
+		var strangers []*memnet.Conn
+		for i := range 5 {
+			strangers = append(strangers, dialMem(t, ln, []string{"\x16", ""}[i%2]))
+			synctest.Wait()
+		}
+		for i, c := range strangers {
+			_ = c.SetReadDeadline(time.Now().Add(time.Millisecond))
+			want := os.ErrDeadlineExceeded
+			if i < 2 {
+				want = syscall.ECONNRESET
+			}
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, want) {
+				t.Errorf("stranger %d reads %v, want %v", i, err, want)
+			}
+		}
+		_ = in.SetReadDeadline(time.Now().Add(time.Millisecond))
+		if _, err := in.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the one that had come in reads %v", err)
+		}
+		if got := b.refused(); len(got) != 1 || got[reasonLimitPending] != 2 {
+			t.Errorf("refused: %v", got)
+		}
+		if open := testutil.ToFloat64(b.m.open); open != 4 {
+			t.Errorf("%v connections open, want 4", open)
+		}
+		b.wantStop(t, 0)
+	})
+}
+
+// The source that has the most makes room.
+func TestRoomIsMadeByWhoHasTheMost(t *testing.T) {
+	p := pending{max: 4}
+	one, many := sourceOf(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1)}), sourceOf(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 2)})
+	first := &place{source: one}
+	for _, c := range []*place{first, {source: many}, {source: many}, {source: one}} {
+		if out, ok := p.add(c); out != nil || !ok {
+			t.Fatalf("there was room: %v, %v", out, ok)
+		}
+	}
+	last := &place{source: many}
+	if out, _ := p.add(last); out != first {
+		t.Errorf("with two each, %v made room, want the oldest", out)
+	}
+	if out, _ := p.add(&place{source: one}); out == nil || out.source != many || out == last {
+		t.Errorf("%v made room, want the oldest of those with three", out)
+	}
+	if p.remove(first) || !p.remove(last) || len(p.close()) != 3 || len(p.sources) != 0 {
+		t.Errorf("left: %v", p.sources)
+	}
+	if _, ok := p.add(first); ok {
+		t.Error("let in after the close")
+	}
+}
+
 func TestDrainCutsOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ln := memnet.Listen()
-		h := HandlerFunc(func(ctx context.Context, c *sniff.Conn) {
+		h := HandlerFunc(func(ctx context.Context, c *sniff.Conn, establish Establish) {
+			establish(false)
 			<-ctx.Done()
 			if _, err := c.Write([]byte{1}); !errors.Is(err, net.ErrClosed) {
 				t.Errorf("the connection is open when the context has ended: %v", err)
@@ -205,7 +336,8 @@ func TestStuckHandlerIsLeftBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ln := memnet.Listen()
 		free, left := make(chan struct{}), make(chan struct{})
-		b := runBubble(t, ln, Options{TLS: HandlerFunc(func(context.Context, *sniff.Conn) {
+		b := runBubble(t, ln, Options{TLS: HandlerFunc(func(_ context.Context, _ *sniff.Conn, establish Establish) {
+			establish(false)
 			<-free
 			close(left)
 		})})
@@ -222,7 +354,8 @@ func TestStuckHandlerIsLeftBehind(t *testing.T) {
 func TestListenerEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ln := memnet.Listen()
-		b := runBubble(t, ln, Options{TLS: HandlerFunc(func(ctx context.Context, c *sniff.Conn) {
+		b := runBubble(t, ln, Options{TLS: HandlerFunc(func(ctx context.Context, c *sniff.Conn, establish Establish) {
+			establish(false)
 			<-ctx.Done()
 			_ = c.Close()
 		})})
@@ -312,7 +445,8 @@ func TestStopWhileNotAccepting(t *testing.T) {
 		b.wantStop(t, 0)
 
 		ln := memnet.Listen()
-		b = runBubble(t, ln, Options{MaxConns: 1, TLS: HandlerFunc(func(ctx context.Context, c *sniff.Conn) {
+		b = runBubble(t, ln, Options{MaxConns: 1, TLS: HandlerFunc(func(ctx context.Context, c *sniff.Conn, establish Establish) {
+			establish(false)
 			<-ctx.Done()
 			_ = c.Close()
 		})})
@@ -353,7 +487,7 @@ func (l *countingListener) Accept() (net.Conn, error) {
 func TestMaxConnsIsNeverExceeded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ln := &countingListener{Listener: memnet.Listen()}
-		b := runBubble(t, ln, Options{MaxConns: 3, TLS: HandlerFunc(func(_ context.Context, c *sniff.Conn) {
+		b := runBubble(t, ln, Options{MaxConns: 3, TLS: HandlerFunc(func(_ context.Context, c *sniff.Conn, _ Establish) {
 			<-time.After(time.Second)
 			_ = c.Close()
 		})})
@@ -385,7 +519,7 @@ func TestMaxConnsIsNeverExceeded(t *testing.T) {
 func TestAllReasonsAreThereAtZero(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	NewMetrics(reg, "hello_timeout")
-	for name, want := range map[string]int{"culvert_mux_refused_total": 5, "culvert_mux_accepted_total": 2} {
+	for name, want := range map[string]int{"culvert_mux_refused_total": 6, "culvert_mux_accepted_total": 2} {
 		if n, err := testutil.GatherAndCount(reg, name); err != nil || n != want {
 			t.Errorf("%s has %d series, %v, want %d", name, n, err, want)
 		}

@@ -8,6 +8,7 @@ const (
 	reasonClosedEarly      = "closed_early"
 	reasonFirstByteTimeout = "first_byte_timeout"
 	reasonLimitSource      = "limit_source"
+	reasonLimitPending     = "limit_pending"
 )
 
 // Metrics counts connections. Whoever refuses one after the mux has handed it
@@ -41,7 +42,7 @@ func NewMetrics(reg prometheus.Registerer, reasons ...string) *Metrics {
 		Help: "Inbound connections handed on, by what they begin like (tls, plain).",
 	}, []string{"kind"})
 	m.tls, m.plain = accepted.WithLabelValues("tls"), accepted.WithLabelValues("plain")
-	for _, r := range append([]string{reasonNotTLS, reasonClosedEarly, reasonFirstByteTimeout, reasonLimitSource}, reasons...) {
+	for _, r := range append([]string{reasonNotTLS, reasonClosedEarly, reasonFirstByteTimeout, reasonLimitSource, reasonLimitPending}, reasons...) {
 		m.refused.WithLabelValues(r)
 	}
 	if reg != nil {

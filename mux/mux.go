@@ -9,12 +9,17 @@
 // Each phase has its limit. Connections beyond MaxConns wait in the kernel;
 // those of one source beyond MaxConnsPerSource are closed; one that sends
 // nothing is closed after FirstByteTimeout. What comes after the first byte is
-// its handler's business.
+// its handler's business, which tells when the connection is established: until
+// then it is pending, may be anybody's, and is one of MaxPending at most. Where
+// there is one more, the oldest of the source that has the most makes room.
 //
-// When Run's context ends, or the listener does, the listener is closed.
-// Connections that have sent nothing yet are reset at once. Handlers have
-// DrainTimeout to end by themselves; then their connections are reset and their
-// contexts end. Run waits for them, but no longer than [AbortTimeout] after that.
+// When Run's context ends, or the listener does, the listener is closed and
+// what is pending is reset at once: a stranger's half a hello has nothing to
+// lose and delays no stop. Established connections have DrainTimeout to end by
+// themselves and are reset then. Those that never end by themselves, as packet
+// connections, go on meanwhile; when the others are gone their contexts end, and
+// they have LingerTimeout. Run waits for handlers, but no longer than
+// [AbortTimeout] after that.
 //
 // A [Server]'s methods may be called from any goroutine.
 package mux
@@ -46,6 +51,8 @@ const (
 	DefaultMaxConnsPerSource = 512
 	DefaultFirstByteTimeout  = 10 * time.Second
 	DefaultDrainTimeout      = 5 * time.Second
+	DefaultLingerTimeout     = 2 * time.Second
+	DefaultMaxPending        = 512
 )
 
 const (
@@ -57,20 +64,32 @@ const (
 	// tlsHandshake is the first byte of TLS: a record of type handshake
 	// (RFC 8446 section 5.1).
 	tlsHandshake = 0x16
+	// helloBytes bounds the memory of all large ClientHellos that are being
+	// read at once.
+	helloBytes = 16 << 20
 )
 
 // A Handler serves one connection. It owns c, closes it, returns when it is done
 // with it (its place among MaxConns is free then), and returns soon after ctx has
-// ended.
+// ended. As soon as it knows that the connection is wanted it calls establish,
+// which is an [Establish].
 type Handler interface {
-	ServeConn(ctx context.Context, c *sniff.Conn)
+	ServeConn(ctx context.Context, c *sniff.Conn, establish func(lasting bool) bool)
 }
 
+// Establish takes a connection out of the pending ones. One that is lasting does
+// not end by itself: when the server stops, the others are waited for first, and
+// then the end of the context asks it to go. It reports false where the server
+// has given the connection up already; the handler closes it then and returns.
+type Establish = func(lasting bool) bool
+
 // HandlerFunc makes a [Handler] of a function.
-type HandlerFunc func(ctx context.Context, c *sniff.Conn)
+type HandlerFunc func(ctx context.Context, c *sniff.Conn, establish Establish)
 
 // ServeConn calls f.
-func (f HandlerFunc) ServeConn(ctx context.Context, c *sniff.Conn) { f(ctx, c) }
+func (f HandlerFunc) ServeConn(ctx context.Context, c *sniff.Conn, establish func(lasting bool) bool) {
+	f(ctx, c, establish)
+}
 
 // Options configure a [Server]. Zero means the default of the same name.
 type Options struct {
@@ -78,10 +97,18 @@ type Options struct {
 	MaxConns int
 	// MaxConnsPerSource bounds those of one address, for IPv6 of one /64.
 	MaxConnsPerSource int
+	// MaxPending bounds the connections that are not established. It should be
+	// well below MaxConns.
+	MaxPending int
 	// FirstByteTimeout bounds the wait for the first byte.
 	FirstByteTimeout time.Duration
-	// DrainTimeout is how long handlers have to end when the server stops.
-	DrainTimeout time.Duration
+	// DrainTimeout is how long established connections have to end when the
+	// server stops, and LingerTimeout how long the lasting ones have after them.
+	DrainTimeout, LingerTimeout time.Duration
+	// Drain is what else the lasting connections go on for when the server
+	// stops: it is called once, its context ends after DrainTimeout, and it
+	// should return then. Nil means nothing else.
+	Drain func(ctx context.Context)
 	// TLS serves connections that begin like TLS. Required.
 	TLS Handler
 	// Plain serves the others. Nil means that they are closed and counted.
@@ -97,7 +124,11 @@ func (o Options) withDefaults() (Options, error) {
 		name  string
 		value *int
 		def   int
-	}{{"MaxConns", &o.MaxConns, DefaultMaxConns}, {"MaxConnsPerSource", &o.MaxConnsPerSource, DefaultMaxConnsPerSource}} {
+	}{
+		{"MaxConns", &o.MaxConns, DefaultMaxConns},
+		{"MaxConnsPerSource", &o.MaxConnsPerSource, DefaultMaxConnsPerSource},
+		{"MaxPending", &o.MaxPending, DefaultMaxPending},
+	} {
 		if *n.value < 0 {
 			return o, fmt.Errorf("mux: %s is %d, must not be negative", n.name, *n.value)
 		}
@@ -109,7 +140,11 @@ func (o Options) withDefaults() (Options, error) {
 		name  string
 		value *time.Duration
 		def   time.Duration
-	}{{"FirstByteTimeout", &o.FirstByteTimeout, DefaultFirstByteTimeout}, {"DrainTimeout", &o.DrainTimeout, DefaultDrainTimeout}} {
+	}{
+		{"FirstByteTimeout", &o.FirstByteTimeout, DefaultFirstByteTimeout},
+		{"DrainTimeout", &o.DrainTimeout, DefaultDrainTimeout},
+		{"LingerTimeout", &o.LingerTimeout, DefaultLingerTimeout},
+	} {
 		if *d.value < 0 {
 			return o, fmt.Errorf("mux: %s is %v, must not be negative", d.name, *d.value)
 		}
@@ -119,6 +154,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.TLS == nil {
 		return o, errors.New("mux: TLS is required")
+	}
+	if o.Drain == nil {
+		o.Drain = func(context.Context) {}
 	}
 	if o.Log == nil {
 		o.Log = zap.NewNop()
@@ -131,15 +169,18 @@ func (o Options) withDefaults() (Options, error) {
 
 // A Server accepts connections on one listener. Make one with [New].
 type Server struct {
-	ln    net.Listener
-	o     Options
-	log   *zap.Logger
-	slots chan struct{}
-	fresh *connset.Set // have sent nothing yet
-	conns *connset.Set // are with a handler
-	ran   atomic.Bool
-	wg    sync.WaitGroup
-	warn  sample.Sampler
+	ln     net.Listener
+	o      Options
+	log    *zap.Logger
+	slots  chan struct{}
+	hellos *sniff.Budget
+	ran    atomic.Bool
+	wg     sync.WaitGroup
+	warn   sample.Sampler
+
+	pending pending
+	ending  *connset.Set // established, and end by themselves
+	lasting *connset.Set // established, and do not
 
 	mu      sync.Mutex
 	sources map[netip.Prefix]int // connections open from each
@@ -153,8 +194,8 @@ func New(ln net.Listener, o Options) (*Server, error) {
 		return nil, err
 	}
 	return &Server{
-		ln: ln, o: o, log: o.Log.Named("mux"), slots: make(chan struct{}, o.MaxConns),
-		fresh: connset.New(), conns: connset.New(), sources: make(map[netip.Prefix]int),
+		ln: ln, o: o, log: o.Log.Named("mux"), slots: make(chan struct{}, o.MaxConns), hellos: sniff.NewBudget(helloBytes),
+		pending: pending{max: o.MaxPending}, ending: connset.New(), lasting: connset.New(), sources: make(map[netip.Prefix]int),
 	}, nil
 }
 
@@ -173,42 +214,73 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	front, stop := context.WithCancel(ctx)
 	defer stop()
+	// Handlers see two contexts, each its own: they end with the drain's
+	// phases, the lasting ones' before the others'.
 	handlers, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
+	lasting, release := context.WithCancel(handlers)
+	defer release()
 	context.AfterFunc(front, func() { _ = s.ln.Close() })
-	err := s.accept(front, handlers)
+	err := s.accept(front, handlers, lasting)
 	stop()
 	_ = s.ln.Close()
 	if ctx.Err() != nil {
 		err = nil
 	}
-	s.fresh.Drain(front) // it has ended: none is waited for
-	return errors.Join(err, s.drain(handlers, cut))
+	return errors.Join(err, s.drain(handlers, release, cut))
 }
 
-// drain gives handlers their time and then cuts them off. The connections go
-// before the contexts: a handler that closes its own at the end of its context
-// would let a stream that was cut look complete to the peer. Handlers see
-// [net.ErrClosed] and know that it was not the peer.
-func (s *Server) drain(ctx context.Context, cut context.CancelFunc) error {
-	end, cancel := context.WithTimeout(ctx, s.o.DrainTimeout)
+// drain ends what is open, phase by phase. Where handlers are cut off, their
+// connections go before their contexts: a handler that closes its own at the end
+// of its context would let a stream that was cut look complete to the peer.
+// Handlers see [net.ErrClosed] and know that it was not the peer.
+func (s *Server) drain(ctx context.Context, release, cut context.CancelFunc) error {
+	for _, c := range s.pending.close() {
+		c.giveUp()
+	}
+	left := s.drainEnding(ctx)
+	release()
+	limit, cancel := context.WithTimeout(ctx, s.o.LingerTimeout)
 	defer cancel()
-	left := s.conns.Drain(end)
+	left += s.lasting.Drain(limit)
 	cut()
 	if left > 0 {
 		s.log.Info("connections cut off at the end of the drain", zap.Int("connections", left))
 	}
-	limit, cancelLimit := context.WithTimeout(context.WithoutCancel(ctx), AbortTimeout)
-	defer cancelLimit()
-	if stuck := s.conns.Drain(limit); stuck > 0 {
-		return fmt.Errorf("mux: %d handlers have not returned %v after their connections were cut off", stuck, AbortTimeout)
+	return s.join()
+}
+
+// drainEnding waits for the connections that end by themselves, and for what
+// else the lasting ones go on for, and returns how many it cut off.
+func (s *Server) drainEnding(ctx context.Context) int {
+	limit, cancel := context.WithTimeout(ctx, s.o.DrainTimeout)
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() { s.o.Drain(limit) })
+	left := s.ending.Drain(limit)
+	wg.Wait()
+	return left
+}
+
+// join waits for the handlers, whose connections and contexts have ended.
+func (s *Server) join() error {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.wg.Wait()
+	}()
+	t := time.NewTimer(AbortTimeout)
+	defer t.Stop()
+	select {
+	case <-done:
+		return nil
+	case <-t.C:
+		return fmt.Errorf("mux: %d handlers have not returned %v after their connections were cut off", len(s.slots), AbortTimeout)
 	}
-	s.wg.Wait()
-	return nil
 }
 
 // accept hands connections on until the listener is closed.
-func (s *Server) accept(ctx, handlers context.Context) error {
+func (s *Server) accept(ctx, handlers, lasting context.Context) error {
 	backoff := minBackoff
 	for {
 		if !s.reserve(ctx) {
@@ -231,7 +303,7 @@ func (s *Server) accept(ctx, handlers context.Context) error {
 			continue
 		}
 		backoff = minBackoff
-		s.wg.Go(func() { s.serve(handlers, c) })
+		s.wg.Go(func() { s.serve(handlers, lasting, c) })
 	}
 }
 
@@ -254,7 +326,7 @@ func (s *Server) reserve(ctx context.Context) bool {
 	}
 }
 
-func (s *Server) serve(ctx context.Context, raw net.Conn) {
+func (s *Server) serve(ctx, lasting context.Context, raw net.Conn) {
 	defer func() { <-s.slots }()
 	source := sourceOf(raw.RemoteAddr())
 	if !s.enter(source) {
@@ -264,19 +336,18 @@ func (s *Server) serve(ctx context.Context, raw net.Conn) {
 	defer s.leave(source)
 	s.o.Metrics.open.Inc()
 	defer s.o.Metrics.open.Dec()
-	c := sniff.NewConn(raw)
-	first, ok := s.firstByte(c, raw)
-	if !ok {
-		return
-	}
-	remove, ok := s.conns.Add(raw)
-	if !ok { // the drain has begun
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c := &place{s: s, raw: raw, conn: sniff.NewConn(raw, s.hellos), source: source, cancel: cancel, released: lasting}
+	defer c.leave()
+	if !c.enter() { // accepted while the drain began
 		pipe.Abort(raw)
 		return
 	}
-	defer remove()
 	defer s.recovered(raw)
-	s.dispatch(ctx, c, raw, first)
+	if first, ok := s.firstByte(c); ok {
+		s.dispatch(ctx, c, first)
+	}
 }
 
 // recovered keeps one connection's panic from the others, as net/http does: the
@@ -289,44 +360,39 @@ func (s *Server) recovered(raw net.Conn) {
 	}
 }
 
-// firstByte waits for the first byte. Where it returns false, raw is closed.
-func (s *Server) firstByte(c *sniff.Conn, raw net.Conn) (first byte, ok bool) {
-	remove, ok := s.fresh.Add(raw)
-	if !ok { // accepted while the drain began
-		pipe.Abort(raw)
-		return 0, false
-	}
-	defer remove()
-	err := raw.SetReadDeadline(time.Now().Add(s.o.FirstByteTimeout))
+// firstByte waits for the first byte. Where it returns false, the connection is
+// closed.
+func (s *Server) firstByte(c *place) (first byte, ok bool) {
+	err := c.raw.SetReadDeadline(time.Now().Add(s.o.FirstByteTimeout))
 	if err == nil {
-		first, err = c.FirstByte()
+		first, err = c.conn.FirstByte()
 	}
 	if err == nil {
-		err = raw.SetReadDeadline(time.Time{})
+		err = c.raw.SetReadDeadline(time.Time{})
 	}
 	switch {
 	case err == nil:
 		return first, true
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		s.refuse(raw, reasonFirstByteTimeout, err)
-	case errors.Is(err, net.ErrClosed): // by the drain, and no fault of the peer's
-		_ = raw.Close()
+		s.refuse(c.raw, reasonFirstByteTimeout, err)
+	case errors.Is(err, net.ErrClosed): // given up here, and no fault of the peer's
+		_ = c.raw.Close()
 	default:
-		s.refuse(raw, reasonClosedEarly, err)
+		s.refuse(c.raw, reasonClosedEarly, err)
 	}
 	return 0, false
 }
 
-func (s *Server) dispatch(ctx context.Context, c *sniff.Conn, raw net.Conn, first byte) {
+func (s *Server) dispatch(ctx context.Context, c *place, first byte) {
 	switch {
 	case first == tlsHandshake:
 		s.o.Metrics.tls.Inc()
-		s.o.TLS.ServeConn(ctx, c)
+		s.o.TLS.ServeConn(ctx, c.conn, c.establish)
 	case s.o.Plain != nil:
 		s.o.Metrics.plain.Inc()
-		s.o.Plain.ServeConn(ctx, c)
+		s.o.Plain.ServeConn(ctx, c.conn, c.establish)
 	default:
-		s.refuse(raw, reasonNotTLS, nil)
+		s.refuse(c.raw, reasonNotTLS, nil)
 	}
 }
 

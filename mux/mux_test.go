@@ -23,7 +23,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // echo answers each connection with the name it was given and what came.
 func echo(name string) Handler {
-	return HandlerFunc(func(_ context.Context, c *sniff.Conn) {
+	return HandlerFunc(func(_ context.Context, c *sniff.Conn, _ Establish) {
 		defer func() { _ = c.Close() }()
 		b := make([]byte, 1)
 		if _, err := io.ReadFull(c, b); err == nil {
@@ -158,7 +158,8 @@ func newHeld() *held {
 	return &held{release: make(chan struct{}), entered: make(chan struct{}, 100)}
 }
 
-func (h *held) ServeConn(ctx context.Context, c *sniff.Conn) {
+func (h *held) ServeConn(ctx context.Context, c *sniff.Conn, establish func(bool) bool) {
+	establish(false)
 	h.entered <- struct{}{}
 	select {
 	case <-h.release:
@@ -237,7 +238,7 @@ func TestStuckHandlerDelaysNobody(t *testing.T) {
 }
 
 func TestPanicIsKeptToItsConnection(t *testing.T) {
-	r := start(t, Options{TLS: HandlerFunc(func(context.Context, *sniff.Conn) { panic("bytes of a stranger") }), Plain: echo("plain")})
+	r := start(t, Options{TLS: HandlerFunc(func(context.Context, *sniff.Conn, Establish) { panic("bytes of a stranger") }), Plain: echo("plain")})
 	c := dial(t, r.addr)
 	_, _ = c.Write([]byte{tlsHandshake})
 	if _, err := c.Read(make([]byte, 1)); err == nil {
@@ -253,7 +254,8 @@ func TestPanicIsKeptToItsConnection(t *testing.T) {
 func TestDrain(t *testing.T) {
 	t.Run("handlers that end are waited for", func(t *testing.T) {
 		draining := make(chan struct{})
-		h := HandlerFunc(func(ctx context.Context, c *sniff.Conn) {
+		h := HandlerFunc(func(ctx context.Context, c *sniff.Conn, establish Establish) {
+			establish(false)
 			_, _ = io.WriteString(c, "!")
 			<-draining
 			if ctx.Err() != nil {
@@ -301,6 +303,7 @@ func TestNewAndRunAreChecked(t *testing.T) {
 	for field, o := range map[string]Options{
 		"TLS": {}, "MaxConns": {TLS: echo(""), MaxConns: -1}, "MaxConnsPerSource": {TLS: echo(""), MaxConnsPerSource: -1},
 		"FirstByteTimeout": {TLS: echo(""), FirstByteTimeout: -1}, "DrainTimeout": {TLS: echo(""), DrainTimeout: -1},
+		"LingerTimeout": {TLS: echo(""), LingerTimeout: -1}, "MaxPending": {TLS: echo(""), MaxPending: -1},
 	} {
 		if _, err := New(ln, o); err == nil || !strings.Contains(err.Error(), field) {
 			t.Errorf("bad %s: error %v does not name it", field, err)

@@ -27,7 +27,8 @@ const (
 	answerTimeout = 5 * time.Second
 	// warmFor is how long after a packet a broken connection is dialled again without waiting for the next one.
 	warmFor = 10 * time.Second
-	// stableAfter is how long a connection must have been up for its end to be followed by a dial at once.
+	// stableAfter is how long a connection must have been up for its end to be followed by a dial at once. One to
+	// a native peer, which never answers, must last so long to be up: a refusal takes a round trip.
 	stableAfter = time.Second
 
 	shortestBackoff = 50 * time.Millisecond
@@ -37,8 +38,8 @@ const (
 // Link states, as in [LinkStatus].
 const (
 	stateIdle    = "idle"    // no connection, and none is wanted
-	stateDialing = "dialing" // a first dial, or the peer has not answered yet
-	stateUp      = "up"      // the peer has answered
+	stateDialing = "dialing" // a first dial, or the peer has not answered yet; a native one in its first second
+	stateUp      = "up"      // the peer has answered, or is native and has kept the connection for a second
 	stateDown    = "down"    // the last attempt failed; it is tried again while there is something to send
 )
 
@@ -92,8 +93,8 @@ func (o LinkOptions) withDefaults() LinkOptions {
 
 // LinkStatus is a [Link] at one moment.
 type LinkStatus struct {
-	State       string            // up, dialing, idle or down
-	PacketsSent uint64            // written to connections that the peer has answered
+	State       string            // up, dialing, idle or down; a native peer is up after a second
+	PacketsSent uint64            // written to connections that were up, counted when they are
 	BytesSent   uint64            // payload bytes of these
 	Drops       map[string]uint64 // by [Reason]; those that occurred
 	QueueLen    int               // packets that wait
@@ -269,7 +270,7 @@ func (l *Link) begin(cancel context.CancelCauseFunc) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.cancel = cancel
-	if l.state != stateDown { // down stays down until an answer comes
+	if l.state != stateDown { // down stays down until the next is up
 		l.setState(stateDialing)
 	}
 }

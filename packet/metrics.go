@@ -15,7 +15,7 @@ const (
 	ReasonQueueFull   Reason = "queue_full"   // newer packets took its place
 	ReasonExpired     Reason = "expired"      // waited longer than the age limit
 	ReasonWriteError  Reason = "write_error"  // two connections broke while it was written
-	ReasonRefused     Reason = "refused"      // written, but the peer ended the connection without an answer
+	ReasonRefused     Reason = "refused"      // written, but the connection ended before it was up
 	ReasonNoRoute     Reason = "no_route"     // the catalog knows no such peer (any more)
 	ReasonClosed      Reason = "closed"       // the link is stopped
 	ReasonEmpty       Reason = "empty"        // an empty datagram: on the wire it would be a keepalive

@@ -30,11 +30,12 @@ type session struct {
 	batch  []byte  // flight as one write, where it holds several frames
 	broken bool    // a write failed: the peer may have half a frame, the connection is of no more use
 
+	began   time.Time     // run was called
 	ended   chan struct{} // closed when the peer's side has ended
 	readErr error         // why; read it after ended
 
 	// Under the link's mutex.
-	answered       time.Time // zero: not yet, and what was written waits in these two
+	answered       time.Time // up since; zero: not yet, and what was written waits in these two
 	written, bytes uint64
 }
 
@@ -48,11 +49,12 @@ func newSession(l *Link, c Conn) *session {
 // Errors of setting a deadline are dropped here: they mean that the connection is closed, which the next read or
 // write reports.
 func (s *session) run(ctx context.Context) error {
+	s.began = time.Now()
+	limit := stableAfter
 	if s.c.Coalesce() {
-		_ = s.c.SetReadDeadline(time.Now().Add(answerTimeout))
-	} else {
-		s.answer()
+		limit = answerTimeout
 	}
+	_ = s.c.SetReadDeadline(s.began.Add(limit))
 	go s.readLoop()
 	// A write that blocks must not hold up a stop: a deadline in the past ends it.
 	stop := onDone(ctx, func() { _ = s.c.SetWriteDeadline(time.Unix(1, 0)) })
@@ -142,14 +144,15 @@ func (s *session) settle() {
 	s.written, s.bytes = 0, 0
 }
 
-// answer notes that the peer took the connection: in TLS 1.3 a dialler whose certificate is refused learns so
-// only after its handshake, so nothing less than the peer's own word makes a link up.
-func (s *session) answer() {
+// answer notes that the peer took the connection, up since then: in TLS 1.3 a dialler whose certificate is
+// refused learns so only after its handshake, so the handshake alone does not make a link up. Only the reader
+// calls it, which also sees the end: a connection that ended is not answered afterwards.
+func (s *session) answer(since time.Time) {
 	l := s.l
 	l.mu.Lock()
 	first := s.answered.IsZero()
 	if first {
-		s.answered = time.Now()
+		s.answered = since
 		s.settle()
 		l.setState(stateUp)
 	}
@@ -163,9 +166,14 @@ func (s *session) answer() {
 // readLoop sees the end of the connection before the next packet is lost in it.
 func (s *session) readLoop() {
 	defer close(s.ended)
-	s.readErr = s.read()
+	if s.c.Coalesce() {
+		s.readErr = s.read()
+	} else {
+		s.readErr = s.watch()
+	}
 }
 
+// read returns why a connection of Culvert's protocol ended, and takes the peer's answer.
 func (s *session) read() error {
 	r := newReaderSize(s.c, answerBuffer)
 	for {
@@ -179,10 +187,30 @@ func (s *session) read() error {
 		default:
 			return fmt.Errorf("connection ended unanswered: %w", err)
 		}
-		if len(p) > 0 || !s.c.Coalesce() {
+		if len(p) > 0 {
 			return errUnasked
 		}
-		s.answer()
+		s.answer(time.Now())
+	}
+}
+
+// watch returns why a native connection ended. The peer never answers, but one that refuses ends the connection
+// soon: the read deadline passing is the answer. It reads without a [Reader], whose errors are final.
+func (s *session) watch() error {
+	var b [1]byte
+	for {
+		n, err := s.c.Read(b[:])
+		switch {
+		case n > 0:
+			return errUnasked
+		case err == nil:
+		case s.isAnswered():
+			return fmt.Errorf("read: %w", err)
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			s.answer(s.began)
+		default:
+			return fmt.Errorf("connection ended within %v: %w", stableAfter, err)
+		}
 	}
 }
 
@@ -190,7 +218,9 @@ func (s *session) read() error {
 func (s *session) close(ctx context.Context, err error) error {
 	stopped := ctx.Err() != nil && !errors.Is(err, errKicked)
 	if s.broken && ctx.Err() == nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-		// Writing failed because the peer ended the connection; what it said (a TLS alert) is on the way.
+		// Writing failed because the peer ended the connection; what it said (a TLS alert) is on the way. No
+		// deadline: for a native peer it would pass as an answer.
+		_ = s.c.SetReadDeadline(time.Time{})
 		t := time.NewTimer(lastWords)
 		select {
 		case <-s.ended:

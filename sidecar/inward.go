@@ -22,9 +22,6 @@ type packetHandler struct{ *Sidecar }
 
 // ServeConn serves one connection to its end.
 func (s packetHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(s.packetsUntil, cancel)() //nolint:contextcheck // either may end it: the connection, or the drain
 	from, service := c.Peer(), c.Route().Service
 	deliver := func(payload []byte) error { return s.deliver(from, service, payload) }
 	s.warnUndeliverable(c)
@@ -82,12 +79,17 @@ func (s *Sidecar) passthrough(address string) mux.Handler {
 	if address == "" {
 		return nil
 	}
-	return mux.HandlerFunc(func(ctx context.Context, c *sniff.Conn) {
+	return mux.HandlerFunc(func(ctx context.Context, c *sniff.Conn, establish mux.Establish) {
 		dialer := net.Dialer{Timeout: passthroughDialTimeout}
 		to, err := dialer.DialContext(ctx, "tcp", address)
 		if err != nil {
 			s.log.Warn("passthrough", zap.String("address", address), zap.Error(err))
 			pipe.Abort(c)
+			return
+		}
+		if !establish(false) {
+			pipe.Abort(c)
+			pipe.Abort(to)
 			return
 		}
 		stop := context.AfterFunc(ctx, func() { pipe.Abort(c); pipe.Abort(to) })

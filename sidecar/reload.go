@@ -34,15 +34,14 @@ func (s *Sidecar) Reload(cfg *config.Sidecar) error {
 		return &restartError{fixed}
 	}
 	next := snapshot(cfg)
+	useCertificates, err := s.certs.Reload()
+	if err != nil {
+		return fmt.Errorf("reload certificates: %w", err)
+	}
 	if err := s.capture.Set(next.Peers); err != nil {
 		return fmt.Errorf("reload peers: %w", err)
 	}
-	if err := s.certs.Reload(); err != nil {
-		if undo := s.capture.Set(s.catalog.Load().Peers); undo != nil {
-			s.log.Error("restore the endpoints", zap.Error(undo))
-		}
-		return fmt.Errorf("reload certificates: %w", err)
-	}
+	useCertificates()
 	s.cfg.Store(cfg)
 	before := s.catalog.Load()
 	s.catalog.Store(next)

@@ -46,10 +46,6 @@ import (
 // to be shorter.
 const drainTimeout = 5 * time.Second
 
-// packetLinger is how much longer packet connections have: a peer is told to
-// stop, and what it had under way is still taken.
-const packetLinger = 2 * time.Second
-
 // Options are what a Sidecar needs of its process.
 type Options struct {
 	// Log receives what happens. Nil means no log.
@@ -79,11 +75,6 @@ type Sidecar struct {
 	locator *locator.Locator
 	dialer  *alpn.Dialer
 
-	// Packet connections of peers are told to stop when packetsUntil ends,
-	// which stopPackets makes it do.
-	packetsUntil context.Context
-	stopPackets  context.CancelFunc
-
 	links    *links
 	receiver *packet.Receiver
 	packets  *packet.Metrics
@@ -109,7 +100,6 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	}
 	s := &Sidecar{log: o.Log.Named("sidecar"), version: o.Version}
 	s.cfg.Store(cfg)
-	s.packetsUntil, s.stopPackets = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			s.close()
@@ -175,7 +165,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 		return nil, listenError{err}
 	}
 	s.mux, err = mux.New(ln, mux.Options{
-		TLS: terminator, Plain: s.passthrough(cfg.Listen.Passthrough), DrainTimeout: drainTimeout + packetLinger,
+		TLS: terminator, Plain: s.passthrough(cfg.Listen.Passthrough), DrainTimeout: drainTimeout, Drain: s.drain,
 		// All peers of other datacenters come from the gateways' addresses: a
 		// limit for one of these would be a limit for all of them together.
 		MaxConnsPerSource: mux.DefaultMaxConns,
@@ -243,15 +233,13 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	coreParts.run("locator", func() error { return s.locator.Run(core) })
 	coreParts.run("links", func() error { return s.links.run(core) })
 	coreParts.run("capture", func() error { return s.capture.Run(core) })
-	var drained sync.WaitGroup
-	drained.Go(func() { s.drain(front) })
 	edgeParts := newParts(stopFront)
 	edgeParts.run("admin", func() error { return s.admin.Run(edge) })
 
 	s.listening.Store(true)
+	unready := context.AfterFunc(front, func() { s.draining.Store(true) })
+	defer unready()
 	err := s.mux.Run(front)
-	stopFront() // if the listener ended by itself
-	drained.Wait()
 	stopCore()
 	err = errors.Join(err, coreParts.wait())
 	stopEdge()
@@ -260,25 +248,21 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	return err
 }
 
-// drain waits for ctx and then for streams, those of the local server and those
-// of its peers. Packets go on meanwhile, both ways, on the connections that
-// there are: a restart must not look like a failure, and a sidecar that is
-// waiting for a stream must not either.
+// drain waits for the streams of the local server, which the mux does not know,
+// and cuts them off when ctx ends. Packets go on meanwhile, both ways, on the
+// connections that there are: a restart must not look like a failure, and a
+// sidecar that is waiting for a stream must not either.
 func (s *Sidecar) drain(ctx context.Context) {
-	<-ctx.Done()
 	s.draining.Store(true)
-	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
-	defer cancel()
 	var wg sync.WaitGroup
-	for whose, drain := range map[string]func(context.Context) int{"server": s.outbound.Drain, "peers": s.inbound.Drain} {
+	for to, drain := range map[string]func(context.Context) int{"peers": s.outbound.Drain, "itself": s.capture.Drain} {
 		wg.Go(func() {
-			if left := drain(limit); left > 0 {
-				s.log.Info("streams cut off at the end of the drain", zap.String("dialled_by", whose), zap.Int("streams", left))
+			if left := drain(ctx); left > 0 {
+				s.log.Info("streams of the server cut off at the end of the drain", zap.String("to", to), zap.Int("streams", left))
 			}
 		})
 	}
 	wg.Wait()
-	s.stopPackets()
 }
 
 // parts are goroutines that each run one part. If one fails, all is stopped.

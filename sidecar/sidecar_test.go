@@ -253,8 +253,12 @@ func TestReload(t *testing.T) {
 	}
 	without := next
 	without.Peers = p.alice.cfg.Peers
+	socket := inode(t, netip.AddrPortFrom(p.addr(2, 2), port))
 	if err := p.alice.Reload(&without); err == nil || !strings.Contains(err.Error(), "reload certificates") {
 		t.Errorf("a certificate that cannot be read: %v", err)
+	}
+	if now := inode(t, netip.AddrPortFrom(p.addr(2, 2), port)); now != socket || socket == "" {
+		t.Errorf("the refused reload touched an endpoint: socket %q before, %q after", socket, now)
 	}
 	if st := p.alice.Status(); len(st.Peers) != 2 {
 		t.Errorf("after reloads that were refused: %+v", st.Peers)
@@ -263,6 +267,24 @@ func TestReload(t *testing.T) {
 	if got, _ := p.bob.receive(t); got != "still" {
 		t.Errorf("bob's server got %q", got)
 	}
+}
+
+// inode is the kernel's number of the UDP socket that has an address, "" where
+// there is none.
+func inode(t *testing.T, at netip.AddrPort) string {
+	t.Helper()
+	table, err := os.ReadFile("/proc/net/udp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := at.Addr().As4()
+	local := fmt.Sprintf("%02X%02X%02X%02X:%04X", a[3], a[2], a[1], a[0], at.Port())
+	for line := range strings.Lines(string(table)) {
+		if f := strings.Fields(line); len(f) > 9 && f[1] == local {
+			return f[9]
+		}
+	}
+	return ""
 }
 
 // A certificate of our own names, in other hands, has no address here.
@@ -330,6 +352,24 @@ func TestPacketsGoOnThroughADrain(t *testing.T) {
 	case <-stopped:
 	case <-time.After(3 * time.Second):
 		t.Error("not stopped 3 s after the last stream had ended")
+	}
+}
+
+// A stranger that has sent half of a hello delays no stop.
+func TestStrangersDoNotDelayTheStop(t *testing.T) {
+	p := newPair(t)
+	stranger, err := net.Dial("tcp4", p.bob.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = stranger.Close() }()
+	_, _ = io.WriteString(stranger, "\x16\x03\x01\x02\x00\x01")
+	p.alice.send(t, p.addr(2, 1), "up")
+	p.bob.receive(t)
+	began := time.Now()
+	p.bob.stop()
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("the stop took %v", took)
 	}
 }
 

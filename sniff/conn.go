@@ -4,11 +4,38 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync/atomic"
 )
 
 // firstRead is how much is read at once to begin with, in bytes: a whole hello
 // with a post-quantum key share, as a rule.
 const firstRead = 2 << 10
+
+// freeHello is how large a buffer may grow without asking the budget, in bytes:
+// hellos that real clients send, but for very long lists, are smaller.
+const freeHello = 4 << 10
+
+// ErrBusy is a large hello at a time when too many others are being read.
+var ErrBusy = errors.New("too many large client hellos at once")
+
+// A Budget bounds the memory that many connections take together while their
+// large hellos are read. It is for any number of goroutines.
+type Budget struct{ left atomic.Int64 }
+
+// NewBudget returns a budget of so many bytes.
+func NewBudget(bytes int64) *Budget {
+	b := &Budget{}
+	b.left.Store(bytes)
+	return b
+}
+
+func (b *Budget) take(n int) bool {
+	if b.left.Add(-int64(n)) >= 0 {
+		return true
+	}
+	b.left.Add(int64(n))
+	return false
+}
 
 // A Conn is a connection whose beginning can be looked at before it is read. It
 // is a [net.Conn] that gives what was looked at first.
@@ -18,13 +45,27 @@ type Conn struct {
 	begun  bool   // something has been read: buf is not the beginning any more
 	reader reader
 	hello  *Hello // once complete
+
+	budget  *Budget
+	charged int // bytes taken from budget
 }
 
 // errBegun is a mistake of the caller's.
 var errBegun = errors.New("look at a connection that has been read from")
 
 // NewConn wraps a connection from which nothing has been read. The Conn owns c.
-func NewConn(c net.Conn) *Conn { return &Conn{Conn: c} }
+// What a large hello takes comes out of the budget until [Conn.Release]; nil
+// means no bound but [MaxPeek].
+func NewConn(c net.Conn, budget *Budget) *Conn { return &Conn{Conn: c, budget: budget} }
+
+// Release gives back what was taken from the budget: the connection is about to
+// end, or what was looked at about to be read. It may be called again.
+func (c *Conn) Release() {
+	if c.charged > 0 {
+		c.budget.left.Add(int64(c.charged))
+		c.charged = 0
+	}
+}
 
 // FirstByte waits for the first byte and returns it. The error is the
 // connection's, [io.EOF] if it ended without one. There is no looking back after
@@ -43,7 +84,8 @@ func (c *Conn) FirstByte() (byte, error) {
 
 // Hello waits for the whole ClientHello and returns what it says. It may be
 // called again, also after a deadline has passed. An end before the first byte
-// is [io.EOF], one within the hello [io.ErrUnexpectedEOF].
+// is [io.EOF], one within the hello [io.ErrUnexpectedEOF]; without memory left
+// for a large hello it is [ErrBusy].
 func (c *Conn) Hello() (Hello, error) {
 	if c.hello != nil {
 		return *c.hello, nil
@@ -78,7 +120,11 @@ func (c *Conn) Hello() (Hello, error) {
 // length in it claims. The reader has its verdict before MaxPeek bytes are there.
 func (c *Conn) peekMore() error {
 	if len(c.buf) == cap(c.buf) {
-		grown := make([]byte, len(c.buf), min(max(2*cap(c.buf), firstRead), MaxPeek))
+		size := min(max(2*cap(c.buf), firstRead), MaxPeek)
+		if !c.charge(size) {
+			return ErrBusy
+		}
+		grown := make([]byte, len(c.buf), size)
 		copy(grown, c.buf)
 		c.buf = grown
 	}
@@ -93,6 +139,20 @@ func (c *Conn) peekMore() error {
 	return err
 }
 
+// charge takes a buffer of size bytes from the budget, and as much again for
+// the message that is put together from its records.
+func (c *Conn) charge(size int) bool {
+	if c.budget == nil || size <= freeHello {
+		return true
+	}
+	more := 2*size - c.charged
+	if !c.budget.take(more) {
+		return false
+	}
+	c.charged += more
+	return true
+}
+
 // Buffered returns what was looked at and not read yet. It is valid until the
 // next call.
 func (c *Conn) Buffered() []byte { return c.buf }
@@ -101,7 +161,7 @@ func (c *Conn) Buffered() []byte { return c.buf }
 // before all that it reads from now on. The Conn is of no more use.
 func (c *Conn) Detach() (net.Conn, []byte) {
 	raw, peeked := c.Conn, c.buf
-	c.Conn, c.buf = nil, nil
+	c.Conn, c.buf, c.hello = nil, nil, nil
 	return raw, peeked
 }
 

@@ -74,7 +74,7 @@ func checkHello(t testing.TB, b []byte, segment int) {
 	h, n, err := ParseHello(b)
 	checkBounds(t, b, err)
 	checkAgainstTLS(t, b, h, err)
-	got, connErr := NewConn(&feeder{data: slices.Clone(b), n: segment, end: io.EOF}).Hello()
+	got, connErr := NewConn(&feeder{data: slices.Clone(b), n: segment, end: io.EOF}, nil).Hello()
 	if (err == nil) != (connErr == nil) {
 		t.Fatalf("whole: %v, in segments of %d: %v", err, segment, connErr)
 	}
@@ -110,6 +110,12 @@ func checkAgainstTLS(t testing.TB, b []byte, h Hello, err error) {
 	if strings.ContainsFunc(name, func(r rune) bool { return r < 0x21 || r > 0x7e }) || len(name) > 253 {
 		if !errors.Is(err, ErrMalformed) {
 			t.Fatalf("server name %q: %v, want ErrMalformed", name, err)
+		}
+		return
+	}
+	if len(protocols) > 256 {
+		if !errors.Is(err, ErrMalformed) {
+			t.Fatalf("%d protocols: %v, want ErrMalformed", len(protocols), err)
 		}
 		return
 	}
@@ -176,7 +182,7 @@ func wantTooLarge(t testing.TB, err error, size, limit int) {
 func checkVerdict(t testing.TB, b []byte) {
 	t.Helper()
 	conn := &endless{prefix: b, repeat: []byte{22, 3, 1, 0, 1, 0}}
-	_, err := NewConn(conn).Hello()
+	_, err := NewConn(conn, nil).Hello()
 	if large := new(TooLargeError); err != nil && !errors.Is(err, ErrNotTLS) && !errors.Is(err, ErrMalformed) && !errors.As(err, &large) {
 		t.Fatalf("a client that goes on and on gets no verdict: %v", err)
 	}

@@ -1,7 +1,7 @@
 // Package sniff looks at how a connection begins without taking anything from
 // it: the first byte, and the facts of a TLS ClientHello.
 //
-//	c := sniff.NewConn(raw)
+//	c := sniff.NewConn(raw, nil)
 //	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
 //	first, err := c.FirstByte()
 //	...
@@ -12,8 +12,8 @@
 // What is read comes from strangers. A hello may be cut across TCP segments and
 // across TLS records, as post-quantum ones always are, and memory stays within
 // [MaxPeek] whatever lengths are claimed. The parser accepts what crypto/tls
-// accepts and reads the same from it, but for server names that are none; a fuzz
-// test holds the two side by side.
+// accepts and reads the same from it, but for server names that are none and for
+// lists of more than [MaxProtocols]; a fuzz test holds the two side by side.
 //
 // The package sets no deadlines: its callers do. A [Conn] is for one goroutine.
 package sniff
@@ -35,6 +35,9 @@ const (
 	// enough for a hello of MaxHello in records of six bytes or more, and for
 	// one of 20 KiB in records of one byte.
 	MaxPeek = 128 << 10
+	// MaxProtocols is how many protocols a hello may name. Each costs more
+	// memory here than it does on the wire.
+	MaxProtocols = 256
 )
 
 // The record and message types of RFC 8446, section 5.1 and section 4.
@@ -300,7 +303,7 @@ func (h *Hello) readProtocols(s cursor) bool {
 	}
 	for len(list) > 0 {
 		name, ok := list.vector8()
-		if !ok || len(name) == 0 {
+		if !ok || len(name) == 0 || len(h.Protocols) == MaxProtocols {
 			return false
 		}
 		h.Protocols = append(h.Protocols, string(name))

@@ -3,10 +3,13 @@ package sniff
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
+	"net"
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -43,7 +46,7 @@ func TestCutting(t *testing.T) {
 		for _, size := range []int{1, 2, 3, 100, 1 << 14} {
 			cut := records(message(t, b), size)
 			for _, segment := range []int{1, 7, 1460, len(cut)} {
-				c := NewConn(&feeder{data: cut, n: segment, end: io.EOF})
+				c := NewConn(&feeder{data: cut, n: segment, end: io.EOF}, nil)
 				got, err := c.Hello()
 				if err != nil || got.ServerName != want.ServerName || !slices.Equal(got.Protocols, want.Protocols) || got.Random != want.Random {
 					t.Fatalf("hello %d in records of %d and segments of %d: %v, %q", i, size, segment, err, got.ServerName)
@@ -73,18 +76,18 @@ func TestEveryPrefixIsUnexpectedEOF(t *testing.T) {
 
 func TestEnds(t *testing.T) {
 	b := hellos(t)[0]
-	if _, err := NewConn(&feeder{end: io.EOF}).Hello(); err != io.EOF {
+	if _, err := NewConn(&feeder{end: io.EOF}, nil).Hello(); err != io.EOF {
 		t.Errorf("an end before the first byte: %v, want io.EOF", err)
 	}
-	if _, err := NewConn(&feeder{end: io.EOF}).FirstByte(); err != io.EOF {
+	if _, err := NewConn(&feeder{end: io.EOF}, nil).FirstByte(); err != io.EOF {
 		t.Errorf("an end before the first byte: %v, want io.EOF", err)
 	}
-	if _, err := NewConn(&feeder{data: b[:100], n: 100, end: io.EOF}).Hello(); !errors.Is(err, io.ErrUnexpectedEOF) {
+	if _, err := NewConn(&feeder{data: b[:100], n: 100, end: io.EOF}, nil).Hello(); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("an end within: %v, want io.ErrUnexpectedEOF", err)
 	}
 	// A read that fails once, as at a deadline, loses nothing.
 	f := &feeder{data: b[:100], n: 100, end: errStop}
-	c := NewConn(f)
+	c := NewConn(f, nil)
 	if _, err := c.Hello(); !errors.Is(err, errStop) {
 		t.Errorf("a failed read: %v", err)
 	}
@@ -144,7 +147,7 @@ func TestHostileHellosAreBounded(t *testing.T) {
 		t.Fatal("the hostile hellos are missing")
 	}
 	for name, h := range hostile() {
-		_, err := NewConn(h.conn).Hello()
+		_, err := NewConn(h.conn, nil).Hello()
 		if err == nil {
 			t.Errorf("%s was accepted", name)
 		}
@@ -152,7 +155,7 @@ func TestHostileHellosAreBounded(t *testing.T) {
 			t.Errorf("%s: %d bytes were read before it was refused (%v), want at most %d", name, h.conn.taken, err, h.limit)
 		}
 	}
-	if _, err := NewConn(&endless{prefix: []byte{22, 3, 1, 0x40, 0, 1, 1, 0, 1}, repeat: []byte{0}}).Hello(); err == nil {
+	if _, err := NewConn(&endless{prefix: []byte{22, 3, 1, 0x40, 0, 1, 1, 0, 1}, repeat: []byte{0}}, nil).Hello(); err == nil {
 		t.Error("a message over the limit was accepted")
 	} else if large := new(TooLargeError); !errors.As(err, &large) || large.Size != MaxHello+1 || large.Limit != MaxHello {
 		t.Errorf("a message over the limit: %v", err)
@@ -173,7 +176,7 @@ func TestLargestHello(t *testing.T) {
 	for _, size := range []int{5, 1} {
 		cut := records(m, size)
 		_, _, whole := ParseHello(cut)
-		_, bySegment := NewConn(&feeder{data: cut, n: 1, end: io.EOF}).Hello()
+		_, bySegment := NewConn(&feeder{data: cut, n: 1, end: io.EOF}, nil).Hello()
 		for _, err := range []error{whole, bySegment} {
 			if large := new(TooLargeError); !errors.As(err, &large) || large.Limit != MaxPeek {
 				t.Errorf("a hello of %d bytes in records of %d: %v", MaxHello, size, err)
@@ -203,6 +206,8 @@ func TestExtensions(t *testing.T) {
 		"an empty protocol":        {extension(extALPN, list(2, 'h', '2', 0)...), nil},
 		"a protocol cut short":     {extension(extALPN, list(3, 'h', '2')...), nil},
 		"bytes after protocols":    {extension(extALPN, append(list(2, 'h', '2'), 0)...), nil},
+		"256 protocols":            {extension(extALPN, list(slices.Repeat([]byte{1, 'p'}, 256)...)...), &Hello{Protocols: slices.Repeat([]string{"p"}, 256)}},
+		"257 protocols":            {extension(extALPN, list(slices.Repeat([]byte{1, 'p'}, 257)...)...), nil},
 		"an extension cut short":   {[]byte{0, 99, 0, 1}, nil},
 		"half an extension's type": {[]byte{0}, nil},
 	} {
@@ -231,7 +236,7 @@ func TestExtensions(t *testing.T) {
 func TestLookAfterRead(t *testing.T) {
 	b := records(message(t, hellos(t)[0]), 100)
 	f := &feeder{data: b[:300], n: 300, end: errStop}
-	c := NewConn(f)
+	c := NewConn(f, nil)
 	if _, err := c.Hello(); !errors.Is(err, errStop) {
 		t.Fatalf("a failed read: %v", err)
 	}
@@ -263,7 +268,7 @@ func TestSlowHello(t *testing.T) {
 				<-time.After(time.Second)
 			}
 		}()
-		c := NewConn(server)
+		c := NewConn(server, nil)
 		began := time.Now()
 		_ = c.SetReadDeadline(began.Add(10*time.Second + time.Millisecond))
 		if _, err := c.Hello(); !errors.Is(err, os.ErrDeadlineExceeded) || len(c.Buffered()) != 11 {
@@ -278,10 +283,71 @@ func TestSlowHello(t *testing.T) {
 	})
 }
 
+// The memory of unfinished hellos is bounded for all connections together, small
+// ones need none of it, and what was taken is given back.
+func TestBudget(t *testing.T) {
+	const size = 60 << 10
+	half := records(largestHello(), 1<<14)[:size]
+	budget := NewBudget(4 * 2 * MaxPeek)
+	var held []*Conn
+	for {
+		c := NewConn(&feeder{data: slices.Clone(half), n: 1460, end: errStop}, budget)
+		_, err := c.Hello()
+		if errors.Is(err, ErrBusy) {
+			c.Release()
+			break
+		}
+		if !errors.Is(err, errStop) {
+			t.Fatal(err)
+		}
+		if held = append(held, c); len(held) > 100 {
+			t.Fatal("100 large hellos at once were taken")
+		}
+	}
+	if len(held) < 4 {
+		t.Errorf("%d large hellos fitted into the budget, want 4 at least", len(held))
+	}
+	if _, err := NewConn(&feeder{data: slices.Clone(hellos(t)[0]), n: 100, end: io.EOF}, budget).Hello(); err != nil {
+		t.Errorf("a usual hello while large ones fill the budget: %v", err)
+	}
+	for _, c := range held {
+		c.Release()
+		c.Release()
+	}
+	if left := budget.left.Load(); left != 4*2*MaxPeek {
+		t.Errorf("%d bytes left after all were released, want all %d", left, 4*2*MaxPeek)
+	}
+}
+
+func TestVerdict(t *testing.T) {
+	for _, c := range []struct {
+		err    error
+		reason string
+		alert  byte
+	}{
+		{os.ErrDeadlineExceeded, "hello_timeout", 0},
+		{fmt.Errorf("x: %w", &TooLargeError{}), "hello_too_large", 50},
+		{fmt.Errorf("x: %w", ErrMalformed), "hello_malformed", 50},
+		{ErrNotTLS, "hello_malformed", 50},
+		{ErrBusy, "hello_busy", 80},
+		{io.ErrUnexpectedEOF, "hello_truncated", 0},
+		{syscall.ECONNRESET, "hello_truncated", 0},
+		{fmt.Errorf("x: %w", net.ErrClosed), "", 0},
+	} {
+		reason, alert := Verdict(c.err)
+		if reason != c.reason || alert != c.alert {
+			t.Errorf("%v: %q and alert %d, want %q and %d", c.err, reason, alert, c.reason, c.alert)
+		}
+		if c.reason != "" && !slices.Contains(Reasons(), reason) {
+			t.Errorf("%q is not among the reasons", reason)
+		}
+	}
+}
+
 func TestDetach(t *testing.T) {
 	b := hellos(t)[0]
 	f := &feeder{data: append(slices.Clone(b), "more"...), n: 64, end: io.EOF}
-	c := NewConn(f)
+	c := NewConn(f, nil)
 	if first, err := c.FirstByte(); err != nil || first != 22 {
 		t.Fatalf("first byte %d, %v", first, err)
 	}

@@ -35,12 +35,6 @@ func NewInbound(dial DialServer, o InboundOptions) *Inbound {
 // or ctx has. It owns c, which should have CloseWrite and Abort methods. A
 // server that refuses is passed on as a reset.
 func (i *Inbound) ServeConn(ctx context.Context, from catalog.Key, service string, c net.Conn) {
-	remove, ok := i.open.Add(c)
-	if !ok { // stopping
-		pipe.Abort(c)
-		return
-	}
-	defer remove()
 	server, err := i.dial(ctx, from, service)
 	if err != nil {
 		i.failed(from, service, "the local server does not take a stream", err)

@@ -8,6 +8,7 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/catalog"
+	"culvert/internal/connset"
 	"culvert/internal/pipe"
 )
 
@@ -28,12 +29,17 @@ type OutboundOptions struct {
 type Outbound struct {
 	*relays
 	dial DialPeer
+	open *connset.Set // those of the local server
 }
 
 // NewOutbound returns an Outbound that reaches peers with dial.
 func NewOutbound(dial DialPeer, o OutboundOptions) *Outbound {
-	return &Outbound{relays: newRelays(out, o.Log, o.Metrics), dial: dial}
+	return &Outbound{relays: newRelays(out, o.Log, o.Metrics), dial: dial, open: connset.New()}
 }
+
+// Drain refuses new streams and waits until those that are open have ended. It
+// aborts what is left when ctx ends, and returns how many that were.
+func (o *Outbound) Drain(ctx context.Context) int { return o.open.Drain(ctx) }
 
 // Stream connects to the peer and relays until both sides have ended or ctx
 // has. It owns c. What the server sends meanwhile waits in the kernel, and a

@@ -27,7 +27,6 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/catalog"
-	"culvert/internal/connset"
 	"culvert/internal/pipe"
 	"culvert/internal/sample"
 	"culvert/internal/sockopt"
@@ -52,7 +51,6 @@ type peerStats struct {
 // relays is what both directions share.
 type relays struct {
 	dir  direction
-	open *connset.Set // those of the side that asked
 	log  *zap.Logger
 	m    *Metrics
 	warn sample.Sampler
@@ -68,7 +66,7 @@ func newRelays(dir direction, log *zap.Logger, m *Metrics) *relays {
 	if m == nil {
 		m = NewMetrics(nil)
 	}
-	return &relays{dir: dir, open: connset.New(), log: log.Named("stream"), m: m, peers: make(map[catalog.Key]*peerStats)}
+	return &relays{dir: dir, log: log.Named("stream"), m: m, peers: make(map[catalog.Key]*peerStats)}
 }
 
 func (r *relays) stats(peer catalog.Key) *peerStats {
@@ -105,10 +103,6 @@ func (r *relays) Forget(peer catalog.Key) {
 	defer r.mu.Unlock()
 	delete(r.peers, peer)
 }
-
-// Drain refuses new streams and waits until those that are open have ended. It
-// aborts what is left when ctx ends, and returns how many that were.
-func (r *relays) Drain(ctx context.Context) int { return r.open.Drain(ctx) }
 
 // join relays until both sides have ended, or ctx has. It owns both.
 func (r *relays) join(ctx context.Context, peer catalog.Key, service string, server *net.TCPConn, far net.Conn) {

@@ -12,6 +12,8 @@ import (
 	"io"
 	"net"
 	"time"
+
+	"culvert/internal/pipe"
 )
 
 // Alert descriptions, RFC 8446 section 6 and RFC 7301 section 3.2.
@@ -51,12 +53,16 @@ func Refuse(c net.Conn, description byte) {
 
 // Linger closes c, which it owns, so that what was written last arrives: a
 // plain close with bytes unread sends a reset, which may overtake it. The write
-// side is closed first, then the peer has up to [Budget] to end its own.
+// side is closed first, then the peer has up to [Budget] to end its own. One that
+// does not is reset: between the two there may be a relay, which would hold its
+// half of the connection for as long as the kernel waits for the peer's end.
 func Linger(c net.Conn) {
-	defer func() { _ = c.Close() }()
 	half, ok := c.(interface{ CloseWrite() error })
-	if !ok || c.SetDeadline(time.Now().Add(Budget)) != nil || half.CloseWrite() != nil {
-		return
+	if ok && c.SetDeadline(time.Now().Add(Budget)) == nil && half.CloseWrite() == nil {
+		if _, err := io.CopyN(io.Discard, c, MaxLinger); err == io.EOF { //nolint:errorlint // io.CopyN gives it as it is
+			_ = c.Close()
+			return
+		}
 	}
-	_, _ = io.CopyN(io.Discard, c, MaxLinger)
+	pipe.Abort(c)
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -50,6 +51,19 @@ func TestRefuseIsUnderstood(t *testing.T) {
 		}
 		c.Close()
 		<-done
+	}
+}
+
+// A peer that neither reads nor ends is reset, and not waited for by the kernel:
+// a relay between the two would hold its half as long.
+func TestWhoStaysIsReset(t *testing.T) {
+	c, s := testtcp.Pair(t)
+	Refuse(s, DecodeError)
+	if got, err := io.ReadAll(c); err != nil || len(got) != 7 {
+		t.Errorf("read % x, %v", got, err)
+	}
+	if _, err := c.Write([]byte("x")); !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("write: %v, want a connection that was reset", err)
 	}
 }
 
