@@ -81,6 +81,13 @@ func (c *Conn) Close() error {
 // fails.
 func (c *Conn) Abort() { pipe.Abort(c.wire.raw) }
 
+// TCP returns the connection beneath, nil if it is of another kind. It is for
+// options and for watching: what is read from it or written to it breaks TLS.
+func (c *Conn) TCP() *net.TCPConn {
+	tcp, _ := c.wire.raw.(*net.TCPConn)
+	return tcp
+}
+
 // A RefusedError is an alert of the far side. In TLS 1.3 a dialler learns only
 // by reading that its certificate was refused.
 type RefusedError struct {
@@ -91,6 +98,9 @@ func (e *RefusedError) Error() string { return "refused by the far side: " + e.E
 
 // Unwrap returns Err.
 func (e *RefusedError) Unwrap() error { return e.Err }
+
+// Refused is for callers that know the error by its method alone.
+func (e *RefusedError) Refused() bool { return true }
 
 // refused marks the error that crypto/tls makes of an alert.
 func refused(err error) error {

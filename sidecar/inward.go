@@ -87,13 +87,15 @@ func (s *Sidecar) passthrough(address string) mux.Handler {
 			pipe.Abort(c)
 			return
 		}
-		if !establish(false) {
-			pipe.Abort(c)
-			pipe.Abort(to)
+		from, peeked := c.Detach()
+		abort := func() { pipe.Abort(from); pipe.Abort(to) }
+		stop := context.AfterFunc(ctx, abort)
+		defer stop()
+		// What was looked at is a few bytes, which any socket takes at once.
+		if _, err := to.Write(peeked); err != nil || !establish(false) {
+			abort()
 			return
 		}
-		stop := context.AfterFunc(ctx, func() { pipe.Abort(c); pipe.Abort(to) })
-		defer stop()
-		pipe.Join(c, to, pipe.Options{})
+		pipe.Join(from, to, pipe.Options{})
 	})
 }

@@ -216,7 +216,12 @@ func TestReload(t *testing.T) {
 	p := newPair(t)
 	p.alice.send(t, p.addr(2, 1), "before")
 	p.bob.receive(t)
-	firstAddr := p.alice.Status().Peers[0]
+	eventually(t, func() error {
+		if n := p.alice.Status().Peers[0].PacketsSent; n != 1 {
+			return fmt.Errorf("%d packets counted as sent, want 1", n)
+		}
+		return nil
+	})
 
 	carol := config.Peer{Datacenter: "dc2", Node: "carol", Advertise: p.addr(2, 2), Address: "127.0.0.1:1"}
 	next := *p.alice.cfg
@@ -224,7 +229,7 @@ func TestReload(t *testing.T) {
 	if err := p.alice.Reload(&next); err != nil {
 		t.Fatal(err)
 	}
-	if st := p.alice.Status(); len(st.Peers) != 2 || st.Peers[0].PacketsSent != firstAddr.PacketsSent {
+	if st := p.alice.Status(); len(st.Peers) != 2 || st.Peers[0].PacketsSent != 1 {
 		t.Errorf("after the reload: %+v", st.Peers)
 	}
 	p.alice.send(t, p.addr(2, 1), "after")

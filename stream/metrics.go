@@ -37,7 +37,7 @@ func NewMetrics(reg prometheus.Registerer, services ...string) *Metrics {
 		}, labels),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "culvert_stream_failures_total",
-			Help: "Streams that could not be established: the peer was not reached (out), the local server refused (in).",
+			Help: "Streams that could not be established: the peer was not reached or refused (out), the local server refused (in).",
 		}, []string{"direction"}),
 	}
 	for _, d := range []direction{out, in} {

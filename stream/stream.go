@@ -20,6 +20,7 @@ package stream
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -127,8 +128,30 @@ func (r *relays) join(ctx context.Context, peer catalog.Key, service string, ser
 		AtoB: both{&stats.sent, r.m.bytes(out, service)},
 		BtoA: both{&stats.received, r.m.bytes(in, service)},
 	})
+	if why := refusal(res); why != nil && r.dir == out {
+		r.failed(peer, service, "peer refused", why)
+		return
+	}
 	r.log.Debug("stream ended", zap.Stringer("peer", peer), zap.String("service", service),
 		zap.Int64("sent", res.AtoB), zap.Int64("received", res.BtoA), zap.Bool("reset", res.Reset), zap.Error(res.Err))
+}
+
+// A refused error is one by which the far side tells that it does not take the
+// connection: a TLS alert.
+type refused interface {
+	error
+	Refused() bool
+}
+
+// refusal returns the reason for which a peer sent nothing else, or nil. In TLS
+// 1.3 a dialler that is refused has its connection by then: the far side looks
+// at the certificate after the dialler's handshake is done.
+func refusal(res pipe.Result) error {
+	var why refused
+	if res.BtoA == 0 && errors.As(res.Err, &why) && why.Refused() {
+		return why
+	}
+	return nil
 }
 
 // failed notes a stream that could not be established.

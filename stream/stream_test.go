@@ -78,7 +78,7 @@ culvert_stream_bytes_total{direction="out",service="rpc"} 8
 # TYPE culvert_stream_connections_total counter
 culvert_stream_connections_total{direction="in",service="rpc"} 0
 culvert_stream_connections_total{direction="out",service="rpc"} 1
-# HELP culvert_stream_failures_total Streams that could not be established: the peer was not reached (out), the local server refused (in).
+# HELP culvert_stream_failures_total Streams that could not be established: the peer was not reached or refused (out), the local server refused (in).
 # TYPE culvert_stream_failures_total counter
 culvert_stream_failures_total{direction="in"} 0
 culvert_stream_failures_total{direction="out"} 0

@@ -6,18 +6,21 @@
 // An end is passed on as what it was. A clean end of one side is a half-close
 // of the other, and the other direction goes on for as long as it likes. Every
 // other end, a reset or a truncated TLS connection among them, resets both
-// sides at once. Two TCP connections are joined in the kernel, by splice(2).
+// sides, as soon as what had arrived before it has been handed on or [Grace]
+// is over. Two TCP connections are joined in the kernel, by splice(2).
 //
 // Join owns both connections and starts one goroutine, which has ended when it
-// returns. It sets no time limit: who wants one sets TCP options, or aborts
-// the connections with [Abort].
+// returns. It sets no other time limit: who wants one sets TCP options, or
+// aborts the connections with [Abort].
 package pipe
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -37,9 +40,17 @@ type Result struct {
 	Reset bool
 	// Err is the first error in either direction, nil after a clean end. An
 	// end of the peer's making (ECONNRESET, EPIPE, io.ErrUnexpectedEOF) is
-	// reported too: it is a fact, not a fault.
+	// reported too: it is a fact, not a fault. Where a write failed and what
+	// the peer had sent before tells why, such as an alert, Err wraps both.
 	Err error
 }
+
+// Grace bounds how long a reset is held back for bytes that arrived before it.
+const Grace = time.Second
+
+// flushPoll is how often a connection is asked whether its peer has everything;
+// the kernel tells nobody of its own accord.
+const flushPoll = 5 * time.Millisecond
 
 // Abort closes a connection so that its peer sees a reset. A connection that
 // knows how (an Abort method) is asked; for TCP it is a close without linger.
@@ -58,64 +69,131 @@ func Abort(c net.Conn) {
 // closes both.
 func Join(a, b net.Conn, o Options) Result {
 	j := &joined{a: a, b: b}
-	var r Result
+	there := &direction{dst: b, src: a, count: counter{o.AtoB}, moved: make(chan struct{})}
+	back := &direction{dst: a, src: b, count: counter{o.BtoA}, moved: make(chan struct{})}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		r.BtoA = j.copy(a, b, o.BtoA)
+		j.run(back, there)
 	}()
-	r.AtoB = j.copy(b, a, o.AtoB)
+	j.run(there, back)
 	<-done
-	r.Err, r.Reset = j.err, j.err != nil
 	_ = a.Close()
 	_ = b.Close() // after an abort they are closed already
-	return r
+	return Result{AtoB: there.n, BtoA: back.n, Reset: j.err != nil, Err: j.err}
+}
+
+// A direction is one of the two copies of a join.
+type direction struct {
+	dst, src net.Conn
+	count    counter
+	n        int64         // bytes handed on, of use when moved is closed
+	moved    chan struct{} // closed when no more will be handed on
+	ending   atomic.Bool   // dst is being told the end
 }
 
 // joined is what the two directions share.
 type joined struct {
 	a, b net.Conn
 
-	mu    sync.Mutex
-	ended int // directions that came to a clean end
-	err   error
+	mu      sync.Mutex
+	ended   int // directions that came to a clean end
+	err     error
+	aborted bool
 }
 
-// copy moves bytes from src to dst until src ends, passes the end on, and
-// returns how many there were.
-func (j *joined) copy(dst, src net.Conn, count Counter) int64 {
-	n, err := move(dst, src, counter{count})
-	if err == nil {
-		err = closeWrite(dst)
+// run moves bytes until d.src ends, and passes the end on.
+func (j *joined) run(d, other *direction) {
+	var read, write error
+	d.n, read, write = move(d.dst, d.src, d.count)
+	if read == nil && write == nil && !other.ending.Load() && isDead(d.src) {
+		// It was reset, and a write of the other direction has used the error
+		// up: the kernel gives it to one call alone, and to the next an end.
+		read = syscall.ECONNRESET
 	}
-	if err != nil {
-		j.fail(err)
-		return n
+	close(d.moved)
+	if read == nil && write == nil {
+		if j.failing() {
+			return // whose error it was aborts both
+		}
+		d.ending.Store(true)
+		write = closeWrite(d.dst)
 	}
-	if j.finish() {
-		return n
+	switch {
+	case write != nil && byPeer(write):
+		// The peer may have answered and closed without reading on, and its
+		// reset has come behind the answer: that goes first.
+		j.fail(write, d.src, other.moved)
+	case write != nil:
+		j.fail(write, d.src, nil)
+	case read != nil:
+		j.fail(read, d.dst, nil)
+	case !j.finish():
+		j.watch(d, other)
 	}
-	// The other direction goes on. A reset of src would be seen there only at
-	// its next write, which may never come: so it is waited for here.
-	if tcp, ok := src.(*net.TCPConn); ok && awaitReset(tcp) {
-		j.fail(syscall.ECONNRESET)
+}
+
+// watch waits for a reset of d.src, which has ended cleanly, while the other
+// direction goes on: it would see one only at its next write, which may never
+// come. When that direction is ending too, a reset is but a peer's answer to
+// the close_notify that it does not wait for.
+//
+// Beneath TLS a FIN is no reset, though whoever closes the connection whole
+// sends one behind its close_notify. The local server is entitled to the bytes
+// before it, however slowly it reads them, and to their clean end, as without a
+// relay; and a FIN is also what a peer sends that half-closes TCP along with
+// TLS and goes on reading. Keepalive tells the two apart: the kernel of a peer
+// that has closed forgets the connection after a minute (tcp_fin_timeout) and
+// resets it at the next probe.
+func (j *joined) watch(d, other *direction) {
+	if c := tcpOf(d.src); c != nil && awaitReset(c) && !other.ending.Load() {
+		j.fail(syscall.ECONNRESET, d.dst, nil)
 	}
-	return n
 }
 
 // fail aborts both connections, which ends the other direction too. The first
-// error is the one that tells.
-func (j *joined) fail(err error) {
+// error is the one that tells, and waits, for [Grace] at most, until owed is
+// closed and all that was handed to the connection that still works, alive, has
+// reached its peer. An abort discards what has not.
+func (j *joined) fail(err error, alive net.Conn, owed <-chan struct{}) {
+	if !j.first(err) {
+		return
+	}
+	over := make(chan struct{})
+	defer time.AfterFunc(Grace, func() { close(over) }).Stop()
+	if owed != nil {
+		select {
+		case <-owed:
+		case <-over:
+		}
+	}
+	flush(alive, over)
 	j.mu.Lock()
-	first := j.err == nil
-	if first {
-		j.err = err
-	}
+	j.aborted = true
 	j.mu.Unlock()
-	if first {
-		Abort(j.a)
-		Abort(j.b)
+	Abort(j.a)
+	Abort(j.b)
+}
+
+// first notes an error and reports whether it is the first. A later one is
+// added as long as it can have come of nothing but what a peer sent.
+func (j *joined) first(err error) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	switch {
+	case j.err == nil:
+		j.err = err
+		return true
+	case !j.aborted && byPeer(j.err) && !byPeer(err) && !errors.Is(err, net.ErrClosed):
+		j.err = fmt.Errorf("%w: %w", j.err, err)
 	}
+	return false
+}
+
+func (j *joined) failing() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.err != nil
 }
 
 // finish notes a direction's clean end. The second one ends awaitReset in the
@@ -131,6 +209,48 @@ func (j *joined) finish() bool {
 		_ = j.b.SetReadDeadline(past) // both have been read to their ends
 	}
 	return both
+}
+
+// byPeer tells an end that the peer made from one that has other causes.
+func byPeer(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, io.ErrUnexpectedEOF)
+}
+
+// flush waits until the peer of c has acknowledged all that was written, or over
+// is closed.
+func flush(c net.Conn, over <-chan struct{}) {
+	tcp := tcpOf(c)
+	if tcp == nil || isFlushed(tcp) {
+		return
+	}
+	tick := time.NewTicker(flushPoll)
+	defer tick.Stop()
+	for !isFlushed(tcp) {
+		select {
+		case <-tick.C:
+		case <-over:
+			return
+		}
+	}
+}
+
+// isDead reports whether c is a TCP connection that was reset or has ended both
+// ways, or is one over such.
+func isDead(c net.Conn) bool {
+	tcp := tcpOf(c)
+	return tcp != nil && isClosed(tcp)
+}
+
+// tcpOf returns the TCP connection that c is, or that it says is beneath it, or
+// nil. It is watched and never read or written.
+func tcpOf(c net.Conn) *net.TCPConn {
+	switch c := c.(type) {
+	case *net.TCPConn:
+		return c
+	case interface{ TCP() *net.TCPConn }:
+		return c.TCP()
+	}
+	return nil
 }
 
 // closeWrite half-closes c, or closes it where it cannot be half-closed. That
@@ -154,32 +274,33 @@ const bufferSize = 32 << 10
 //nolint:gochecknoglobals // buffers are of use to every join of the process
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 
-// move copies from src to dst until src ends. A clean end is nil.
-func move(dst, src net.Conn, count counter) (int64, error) {
+// move copies from src to dst until src ends. A clean end is no error of
+// either.
+func move(dst, src net.Conn, count counter) (n int64, read, write error) {
 	if from, ok := src.(*net.TCPConn); ok {
 		return moveFromTCP(dst, from, count)
 	}
 	return copyBuffer(dst, src, count)
 }
 
-func copyBuffer(dst io.Writer, src io.Reader, count counter) (n int64, err error) {
+func copyBuffer(dst io.Writer, src io.Reader, count counter) (n int64, read, write error) {
 	buf := buffers.Get().(*[bufferSize]byte) //nolint:errcheck,forcetypeassert // the pool holds nothing else
 	defer buffers.Put(buf)
 	for {
-		k, rerr := src.Read(buf[:])
+		k, err := src.Read(buf[:])
 		if k > 0 {
-			m, werr := dst.Write(buf[:k])
+			m, err := dst.Write(buf[:k])
 			n += int64(m)
 			count.add(m)
-			if werr != nil {
-				return n, werr
+			if err != nil {
+				return n, nil, err
 			}
 		}
-		if errors.Is(rerr, io.EOF) {
-			return n, nil
+		if errors.Is(err, io.EOF) {
+			return n, nil, nil
 		}
-		if rerr != nil {
-			return n, rerr
+		if err != nil {
+			return n, err, nil
 		}
 	}
 }

@@ -29,11 +29,12 @@ type wrapped struct{ net.Conn }
 
 func (w wrapped) CloseWrite() error { return w.Conn.(*net.TCPConn).CloseWrite() }
 func (w wrapped) Abort()            { Abort(w.Conn) }
+func (w wrapped) TCP() *net.TCPConn { return w.Conn.(*net.TCPConn) }
 
 // A rig is near <-> (a joined with b) <-> far.
 type rig struct {
-	near, far *net.TCPConn
-	result    chan Result
+	near, a, b, far *net.TCPConn
+	result          chan Result
 }
 
 type total struct{ n atomic.Int64 }
@@ -54,15 +55,28 @@ var kinds = map[string]func(c *net.TCPConn, second bool) net.Conn{
 
 func newRig(t testing.TB, kind string, o Options) *rig {
 	t.Helper()
+	r := unjoined(t)
+	r.join(t, kind, o)
+	return r
+}
+
+func unjoined(t testing.TB) *rig {
+	t.Helper()
 	near, a := testtcp.Pair(t)
 	b, far := testtcp.Pair(t)
-	r := &rig{near: near, far: far, result: make(chan Result, 1)}
 	_ = a.SetDeadline(time.Time{})
 	_ = b.SetDeadline(time.Time{})
+	return &rig{near: near, a: a, b: b, far: far, result: make(chan Result, 1)}
+}
+
+func (r *rig) join(t testing.TB, kind string, o Options) {
 	wrap := kinds[kind]
-	go func() { r.result <- Join(wrap(a, false), wrap(b, true), o) }()
-	t.Cleanup(func() { Abort(near); Abort(far) })
-	return r
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r.result <- Join(wrap(r.a, false), wrap(r.b, true), o)
+	}()
+	t.Cleanup(func() { Abort(r.near); Abort(r.far); <-done }) // it has given back its pipes
 }
 
 func (r *rig) end(t testing.TB) Result {
@@ -178,17 +192,24 @@ func TestResetTravels(t *testing.T) {
 // A side that has half-closed and then resets is noticed, though nothing is
 // ever written to it.
 func TestResetAfterHalfClose(t *testing.T) {
-	r := newRig(t, "spliced", Options{})
-	_ = r.near.CloseWrite()
-	if _, err := r.far.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
-		t.Fatalf("read: %v, want EOF", err)
-	}
-	Abort(r.near)
-	// The far side learns by a reset, without having written anything.
-	_ = r.far.SetReadDeadline(time.Now().Add(5 * time.Second))
-	if res := r.end(t); !res.Reset {
-		t.Errorf("result %+v, want a reset", res)
-	}
+	forEachKind(t, func(t *testing.T, kind string) {
+		for _, nearFirst := range []bool{true, false} {
+			r := newRig(t, kind, Options{})
+			first, second := r.near, r.far
+			if !nearFirst {
+				first, second = second, first
+			}
+			_ = first.CloseWrite()
+			if _, err := second.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+				t.Fatalf("read: %v, want EOF", err)
+			}
+			Abort(first)
+			// The second learns by a reset, without having written anything.
+			if res := r.end(t); !res.Reset {
+				t.Errorf("result %+v, want a reset", res)
+			}
+		}
+	})
 }
 
 // cut ends like a TLS connection that was cut off.
@@ -269,7 +290,7 @@ func TestOutOfDescriptors(t *testing.T) {
 	pipes.free = nil
 	pipes.mu.Unlock()
 
-	r := newRig(t, "spliced", Options{})
+	r := unjoined(t)
 	var old unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
 		t.Fatal(err)
@@ -280,6 +301,7 @@ func TestOutOfDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = unix.Setrlimit(unix.RLIMIT_NOFILE, &old) }()
+	r.join(t, "spliced", Options{})
 	want := randomBytes(1 << 20)
 	go func() {
 		_, _ = r.near.Write(want)
@@ -288,6 +310,8 @@ func TestOutOfDescriptors(t *testing.T) {
 	if got, err := io.ReadAll(r.far); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("read %d bytes, %v; want %d as they were sent", len(got), err, len(want))
 	}
+	pipes.mu.Lock()
+	defer pipes.mu.Unlock()
 	if n := len(pipes.free); n != 0 {
 		t.Errorf("%d pipes were made: the limit was not in force", n)
 	}

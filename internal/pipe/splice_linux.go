@@ -90,24 +90,23 @@ type mover struct {
 	err  error // of the last read or write
 }
 
-func moveFromTCP(dst net.Conn, src *net.TCPConn, count counter) (int64, error) {
+func moveFromTCP(dst net.Conn, src *net.TCPConn, count counter) (n int64, read, write error) {
 	m := &mover{dst: dst, count: count}
-	var err error
-	if m.src, err = src.SyscallConn(); err != nil {
-		return 0, err
+	if m.src, read = src.SyscallConn(); read != nil {
+		return 0, read, nil
 	}
 	if to, ok := dst.(*net.TCPConn); ok {
-		if m.raw, err = to.SyscallConn(); err != nil {
-			return 0, err
+		if m.raw, write = to.SyscallConn(); write != nil {
+			return 0, nil, write
 		}
 	}
 	for {
 		if err := m.fill(); err != nil || m.n == 0 {
 			m.release()
-			return m.total, err
+			return m.total, err, nil
 		}
 		if err := m.drain(); err != nil {
-			return m.total, err
+			return m.total, nil, err
 		}
 	}
 }
@@ -215,21 +214,4 @@ func (m *mover) tryDrain(fd uintptr) bool {
 func (m *mover) add(n int) {
 	m.total += int64(n)
 	m.count.add(n)
-}
-
-// awaitReset waits on a connection that has been read to its end, and reports
-// whether it was reset. It returns false when its read deadline passes or it is
-// closed.
-func awaitReset(c *net.TCPConn) bool {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return false
-	}
-	reset := false
-	err = raw.Read(func(fd uintptr) bool {
-		soerr, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
-		reset = err == nil && soerr != 0
-		return reset || err != nil
-	})
-	return err == nil && reset
 }

@@ -4,9 +4,13 @@ package pipe
 
 import "net"
 
-func moveFromTCP(dst net.Conn, src *net.TCPConn, count counter) (int64, error) {
+func moveFromTCP(dst net.Conn, src *net.TCPConn, count counter) (n int64, read, write error) {
 	return copyBuffer(dst, src, count)
 }
 
-// awaitReset is not told apart from a clean end where there is no splice.
+// Resets are not told apart from clean ends where there is no splice, and
+// nothing is known of what is under way.
+
 func awaitReset(*net.TCPConn) bool { return false }
+func isClosed(*net.TCPConn) bool   { return false }
+func isFlushed(*net.TCPConn) bool  { return true }

@@ -48,19 +48,53 @@ const (
 
 // Packet prepares c for gossip packets: no delay, dead within
 // [PacketTimeout] whether it is silent or not, and little waiting unsent.
-func Packet(c *net.TCPConn) error {
+func Packet(c *net.TCPConn) error { return packet(c, capRTO) }
+
+// packet is Packet with a limit on the retransmission timeout that reports
+// whether it is in force.
+func packet(c *net.TCPConn, limit func(fd int) (capped bool, err error)) error {
 	if err := c.SetNoDelay(true); err != nil {
 		return fmt.Errorf("set TCP_NODELAY: %w", err)
 	}
-	// The user timeout decides, not the count: Linux gives up at the first
-	// probe after it (tcp_keepalive_timer). The count is for other systems.
-	return apply(c, net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: time.Second, Count: 5}, packetOptions)
+	capped := false
+	err := apply(c, func(fd int) (err error) {
+		if capped, err = limit(fd); err != nil {
+			return err
+		}
+		return packetOptions(fd, packetTimeout(capped))
+	})
+	if err != nil {
+		return err
+	}
+	return keepAlive(c, packetKeepAlive(capped))
+}
+
+func packetTimeout(capped bool) time.Duration {
+	if capped {
+		return PacketTimeout
+	}
+	return PacketTimeoutUncapped
+}
+
+// packetKeepAlive leaves room for probes to be lost. The user timeout decides,
+// not the count: Linux gives up at the first probe that is due after it, counted
+// from what was last received (tcp_keepalive_timer), so a first probe that comes
+// later than the timeout would be the only one. The count is for other systems.
+func packetKeepAlive(capped bool) net.KeepAliveConfig {
+	k := net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: time.Second, Count: 5}
+	if !capped {
+		k.Idle = time.Second // probes after one and two seconds, the end after three
+	}
+	return k
 }
 
 // Stream prepares c for a stream, which may be silent for hours and must live
 // through that: dead peers are found by keepalive after about a minute.
 func Stream(c *net.TCPConn) error {
-	return apply(c, net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3}, streamOptions)
+	if err := apply(c, streamOptions); err != nil {
+		return err
+	}
+	return keepAlive(c, net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3})
 }
 
 // Control is for [net.Dialer]: it caps the retransmission timeout before the
@@ -69,10 +103,14 @@ func Control(_, _ string, c syscall.RawConn) error {
 	return control(c, dialOptions)
 }
 
-func apply(c *net.TCPConn, keepalive net.KeepAliveConfig, options func(fd int) error) error {
-	if err := c.SetKeepAliveConfig(keepalive); err != nil {
+func keepAlive(c *net.TCPConn, k net.KeepAliveConfig) error {
+	if err := c.SetKeepAliveConfig(k); err != nil {
 		return fmt.Errorf("set keepalive: %w", err)
 	}
+	return nil
+}
+
+func apply(c *net.TCPConn, options func(fd int) error) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return fmt.Errorf("reach socket: %w", err)

@@ -8,25 +8,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func packetOptions(fd int) error {
-	capped, err := capRTO(fd)
-	if err != nil {
-		return err
-	}
-	if err := setUserTimeout(fd, packetTimeout(capped)); err != nil {
+func packetOptions(fd int, timeout time.Duration) error {
+	if err := setUserTimeout(fd, timeout); err != nil {
 		return err
 	}
 	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, PacketUnsent); err != nil {
 		return fmt.Errorf("set TCP_NOTSENT_LOWAT: %w", err)
 	}
 	return nil
-}
-
-func packetTimeout(capped bool) time.Duration {
-	if capped {
-		return PacketTimeout
-	}
-	return PacketTimeoutUncapped
 }
 
 func streamOptions(fd int) error {

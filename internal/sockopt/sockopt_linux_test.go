@@ -63,15 +63,46 @@ func TestPacket(t *testing.T) {
 	}
 	want(t, c, "TCP_NODELAY", unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	want(t, c, "SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
-	want(t, c, "TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 5)
 	want(t, c, "TCP_KEEPINTVL", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 1)
 	want(t, c, "TCP_KEEPCNT", unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 5)
 	want(t, c, "TCP_NOTSENT_LOWAT", unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 16<<10)
 	if capped(t) {
 		want(t, c, "TCP_RTO_MAX_MS", unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, 1000)
 		want(t, c, "TCP_USER_TIMEOUT", unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 10_000)
+		want(t, c, "TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 5)
 	} else {
+		want(t, c, "TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 1)
 		want(t, c, "TCP_USER_TIMEOUT", unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 3_000)
+	}
+}
+
+// Linux gives up at the first keepalive probe that is due after the user
+// timeout: one lost probe must not be enough, with the cap or without.
+func TestPacketOutlivesALostProbe(t *testing.T) {
+	for name, limit := range map[string]func(int) (bool, error){
+		"capped":   func(int) (bool, error) { return true, nil },
+		"uncapped": func(int) (bool, error) { return false, nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := dial(t, net.Dialer{})
+			if err := packet(c, limit); err != nil {
+				t.Fatal(err)
+			}
+			var ms [3]int
+			for i, opt := range []int{unix.TCP_KEEPIDLE, unix.TCP_KEEPINTVL, unix.TCP_USER_TIMEOUT} {
+				var err error
+				if ms[i], err = option(t, c, unix.IPPROTO_TCP, opt); err != nil {
+					t.Fatal(err)
+				}
+			}
+			idle, interval, timeout := ms[0]*1000, ms[1]*1000, ms[2]
+			if idle+2*interval > timeout {
+				t.Errorf("idle %d ms, interval %d ms: fewer than two probes within the user timeout of %d ms", idle, interval, timeout)
+			}
+			if name == "uncapped" && timeout != int(PacketTimeoutUncapped.Milliseconds()) {
+				t.Errorf("user timeout %d ms, want %v", timeout, PacketTimeoutUncapped)
+			}
+		})
 	}
 }
 

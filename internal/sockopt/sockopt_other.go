@@ -2,6 +2,9 @@
 
 package sockopt
 
-func packetOptions(int) error { return nil }
-func streamOptions(int) error { return nil }
-func dialOptions(int) error   { return nil }
+import "time"
+
+func packetOptions(int, time.Duration) error { return nil }
+func streamOptions(int) error                { return nil }
+func dialOptions(int) error                  { return nil }
+func capRTO(int) (bool, error)               { return false, nil }
