@@ -22,18 +22,20 @@ var imports = map[string][]string{
 	"config":  {},
 	"catalog": {},
 
+	"capture/ruleset": {},
+
 	"mux":     {"sniff", "certs", "catalog"},
 	"alpn":    {"sniff", "certs", "catalog"},
 	"packet":  {"sniff", "certs", "catalog"},
 	"stream":  {"sniff", "certs", "catalog"},
-	"capture": {"sniff", "certs", "catalog"},
+	"capture": {"sniff", "certs", "catalog", "capture/ruleset"},
 	"locator": {"sniff", "certs", "catalog"},
 	"admin":   {"sniff", "certs", "catalog"},
 
 	"gateway": {"config", "mux", "locator", "admin", "sniff", "certs", "catalog"},
 	"sidecar": {"config", "mux", "alpn", "packet", "stream", "capture", "locator", "admin", "sniff", "certs", "catalog"},
 
-	"cmd/culvert": {"config", "sidecar", "gateway", "admin", "certs"},
+	"cmd/culvert": {"config", "sidecar", "gateway", "admin", "certs", "capture/ruleset"},
 }
 
 // pure packages import nothing of the module at all, not even internal/.
@@ -50,6 +52,8 @@ var fenced = []struct {
 	{"github.com/zclconf/go-cty", []string{"config"}, nil},
 	{"github.com/spf13/cobra", []string{"cmd/culvert"}, nil},
 	{"github.com/miekg/dns", []string{"internal/resolve"}, nil},
+	{"github.com/google/nftables", []string{"capture/ruleset"}, nil},
+	{"github.com/mdlayher/netlink", []string{"capture/ruleset", "internal/iproute"}, nil},
 	{"go.uber.org/zap", nil, []string{"sniff", "config"}},
 	{"github.com/prometheus/", nil, []string{"sniff", "config"}},
 }

@@ -1,0 +1,301 @@
+package ruleset
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// priority is that of both chains: before connection tracking (-200) and before
+// the raw tables of others (-300).
+const priority = -310
+
+// The offsets of what is looked at and rewritten, in bytes.
+const (
+	sportOffset = 0 // of the transport header, UDP and TCP alike
+	dportOffset = 2
+
+	udpChecksum = 6
+	tcpChecksum = 16
+	// icmpChecksum is that of ICMP and ICMPv6.
+	icmpChecksum = 2
+	// icmpHeader is how long an error message is before the packet that it
+	// quotes (RFC 792, RFC 4443 section 3.1).
+	icmpHeader = 8
+)
+
+// A header is where a protocol keeps what rules need.
+type header struct {
+	nfproto         byte
+	size            uint32 // of an address
+	src, dst        uint32 // offsets of the addresses in the network header
+	next            uint32 // offset of the byte that tells the transport protocol
+	length          uint32 // of the header without options
+	checksum        func(offset uint32) uint32
+	icmp            byte // the protocol of error messages
+	unreachable     byte // type of "destination unreachable"
+	portUnreachable byte // its code
+	first           byte // of a header without options, 0 if it tells nothing
+}
+
+// headerOf returns the layout of IPv4 (RFC 791) or IPv6 (RFC 8200).
+//
+// An IPv6 header has no checksum, but the transport's covers the addresses, and
+// the kernel is told to correct that only together with a checksum's place. The
+// place given is the address's own, which is overwritten next.
+func headerOf(v6 bool) header {
+	if v6 {
+		return header{
+			nfproto: unix.NFPROTO_IPV6, size: 16, src: 8, dst: 24, next: 6, length: 40,
+			checksum: func(offset uint32) uint32 { return offset },
+			icmp:     unix.IPPROTO_ICMPV6, unreachable: 1, portUnreachable: 4,
+		}
+	}
+	return header{
+		nfproto: unix.NFPROTO_IPV4, size: 4, src: 12, dst: 16, next: 9, length: 20,
+		checksum: func(uint32) uint32 { return 10 },
+		icmp:     unix.IPPROTO_ICMP, unreachable: 3, portUnreachable: 3, first: 0x45,
+	}
+}
+
+func transport(packet bool) (proto byte, checksum uint32) {
+	if packet {
+		return unix.IPPROTO_UDP, udpChecksum
+	}
+	return unix.IPPROTO_TCP, tcpChecksum
+}
+
+// The registers that rules use; each holds 16 bytes.
+const (
+	reg1 = unix.NFT_REG_1
+	reg2 = unix.NFT_REG_2
+)
+
+// What follows are the parts of rules. A rule goes on while its parts agree.
+
+type part []expr.Any
+
+func rule(parts ...part) []expr.Any {
+	var all []expr.Any
+	for _, p := range parts {
+		all = append(all, p...)
+	}
+	return all
+}
+
+func is(key expr.MetaKey, value ...byte) part {
+	return part{
+		&expr.Meta{Key: key, Register: reg1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: value},
+	}
+}
+
+// onLoopback matches what came in on the loopback interface, or what did not.
+func onLoopback(op expr.CmpOp) part {
+	const loopback = 1 // its index in each network namespace (LOOPBACK_IFINDEX in linux/netdevice.h)
+	return part{
+		&expr.Meta{Key: expr.MetaKeyIIF, Register: reg1},
+		&expr.Cmp{Op: op, Register: reg1, Data: binaryutil.NativeEndian.PutUint32(loopback)},
+	}
+}
+
+func load(base expr.PayloadBase, offset, n, reg uint32) part {
+	return part{&expr.Payload{DestRegister: reg, Base: base, Offset: offset, Len: n}}
+}
+
+func store(base expr.PayloadBase, offset, n, reg, checksum, flags uint32) part {
+	return part{&expr.Payload{
+		OperationType: expr.PayloadWrite, SourceRegister: reg, Base: base, Offset: offset, Len: n,
+		CsumType: expr.CsumTypeInet, CsumOffset: checksum, CsumFlags: flags,
+	}}
+}
+
+func equals(base expr.PayloadBase, offset uint32, value ...byte) part {
+	return append(load(base, offset, uint32(len(value)), reg1), //nolint:gosec // a few bytes
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: value})
+}
+
+const (
+	network = expr.PayloadBaseNetworkHeader
+	th      = expr.PayloadBaseTransportHeader
+)
+
+func port(p uint16) []byte { return binary.BigEndian.AppendUint16(nil, p) }
+
+// within matches an address in the range.
+func within(offset uint32, r netip.Prefix) part {
+	n := r.Bits() / 8
+	return equals(network, offset, r.Addr().AsSlice()[:n]...)
+}
+
+// find looks an address up. In a map that gives the value, in reg; in a set it
+// only has to be there.
+func (h header) find(offset uint32, in *nftables.Set, reg uint32) part {
+	return append(load(network, offset, h.size, reg1), lookup(in, reg))
+}
+
+func lookup(in *nftables.Set, reg uint32) expr.Any {
+	return &expr.Lookup{SourceRegister: reg1, DestRegister: reg, IsDestRegSet: in.IsMap, SetName: in.Name, SetID: in.ID}
+}
+
+// setAddress writes an address of the network header, and corrects the checksums
+// that cover it: the header's own and, by way of the pseudo-header, the
+// transport's.
+func (h header) setAddress(offset, reg uint32) part {
+	return store(network, offset, h.size, reg, h.checksum(offset), unix.NFT_PAYLOAD_L4CSUM_PSEUDOHDR)
+}
+
+func setPort(offset uint32, to uint16, checksum uint32) part {
+	return append(part{&expr.Immediate{Register: reg2, Data: port(to)}}, store(th, offset, 2, reg2, checksum, 0)...)
+}
+
+func untracked() part { return part{&expr.Notrack{}} }
+func accept() part    { return part{&expr.Verdict{Kind: expr.VerdictAccept}} }
+func drop() part      { return part{&expr.Verdict{Kind: expr.VerdictDrop}} }
+
+func refuse(packet bool) part {
+	if packet {
+		return part{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}}
+	}
+	return part{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
+}
+
+// A chain is one chain of the table. Those with a hook are where the kernel
+// begins; the others are one service's each, found by its protocol and port in
+// one step however many there are. Every packet of the host passes the former,
+// so they are short.
+type chain struct {
+	name  string
+	hook  *nftables.ChainHook // nil: reached from another
+	kind  nftables.ChainType
+	rules [][]expr.Any
+}
+
+// chains are all of the table's.
+func (s Spec) chains(of sets) []chain {
+	family := is(expr.MetaKeyNFPROTO, headerOf(s.V6).nfproto)
+	h := headerOf(s.V6)
+	out := chain{name: "out", hook: nftables.ChainHookOutput, kind: nftables.ChainTypeRoute, rules: [][]expr.Any{
+		rule(service(dportOffset, of.out)),
+		rule(family, within(h.src, s.Range()), untracked()),
+		rule(family, within(h.dst, s.Range()), untracked()),
+	}}
+	in := chain{name: "in", hook: nftables.ChainHookInput, kind: nftables.ChainTypeFilter, rules: [][]expr.Any{
+		rule(onLoopback(expr.CmpOpEq), service(sportOffset, of.in)),
+	}}
+	// From elsewhere nothing reaches an endpoint: who could would speak in the
+	// server's name. That the range is local keeps nobody out: IPv6's is routed,
+	// and IPv4's is on hosts with route_localnet.
+	outside := rule(onLoopback(expr.CmpOpNeq), family)
+	in.rules = append(in.rules, rule(outside, within(h.dst, s.Range()), drop()))
+	var services []chain
+	for _, p := range s.Ports {
+		proto, _ := transport(p.Packet)
+		in.rules = append(in.rules, rule(outside, is(expr.MetaKeyL4PROTO, proto), equals(th, dportOffset, port(p.Endpoint)...), drop()))
+		services = append(services, s.outward(h, p, of), s.inward(h, p, of))
+	}
+	return append(services, s.unreachable(h, of), out, in)
+}
+
+// service goes to the chain of the service whose protocol and port a packet has.
+func service(portOffset uint32, chains *nftables.Set) part {
+	const proto, port = unix.NFT_REG32_00, unix.NFT_REG32_01 // together one key, and the first half of reg1
+	return append(append(part{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: proto}}, load(th, portOffset, 2, port)...),
+		&expr.Lookup{SourceRegister: proto, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: chains.Name, SetID: chains.ID})
+}
+
+// entry is the way to a service's chain.
+func entry(proto byte, field uint16, chain string) nftables.SetElement {
+	return nftables.SetElement{
+		Key:         append([]byte{proto, 0, 0, 0}, append(port(field), 0, 0)...),
+		VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: chain},
+	}
+}
+
+// entries are the ways to all services' chains, outward and inward.
+func (s Spec) entries() (out, in []nftables.SetElement) {
+	h := headerOf(s.V6)
+	for _, p := range s.Ports {
+		proto, _ := transport(p.Packet)
+		out = append(out, entry(proto, p.Service, p.chain("out")))
+		in = append(in, entry(proto, p.Endpoint, p.chain("in")))
+	}
+	return out, append(in, entry(h.icmp, uint16(h.unreachable)<<8|uint16(h.portUnreachable), unreachableChain))
+}
+
+func (p Port) chain(direction string) string {
+	kind := "tcp"
+	if p.Packet {
+		kind = "udp"
+	}
+	return fmt.Sprintf("%s_%s_%d", direction, kind, p.Service)
+}
+
+// other ends the rules for packets of the other family, whose headers differ.
+func other(h header) []expr.Any {
+	return rule(part{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg1},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: []byte{h.nfproto}},
+	}, accept())
+}
+
+// outward is for what leaves for a service's port: what goes to a peer is turned
+// to the peer's endpoint, what goes to one that is lost is refused, and neither
+// is tracked. What the sidecar hands the server passes, and so do its own
+// connections.
+func (s Spec) outward(h header, p Port, of sets) chain {
+	_, checksum := transport(p.Packet)
+	c := chain{name: p.chain("out"), rules: [][]expr.Any{
+		other(h),
+		rule(within(h.src, s.Range()), untracked(), accept()),
+	}}
+	if !p.Packet {
+		c.rules = append(c.rules, rule(is(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(Mark)...), accept()))
+	}
+	c.rules = append(c.rules,
+		rule(h.find(h.dst, of.peers, reg1), h.setAddress(h.dst, reg1), setPort(dportOffset, p.Endpoint, checksum), untracked(), accept()),
+		rule(h.find(h.dst, of.lost, 0), untracked(), refuse(p.Packet)))
+	return c
+}
+
+// inward is for what comes from a service's endpoints: it comes from the peers.
+func (s Spec) inward(h header, p Port, of sets) chain {
+	_, checksum := transport(p.Packet)
+	return chain{name: p.chain("in"), rules: [][]expr.Any{
+		other(h),
+		rule(within(h.src, s.Range()), h.find(h.src, of.back, reg1),
+			setPort(sportOffset, p.Service, checksum), h.setAddress(h.src, reg1)),
+	}}
+}
+
+const unreachableChain = "in_unreachable"
+
+// unreachable makes the kernel's own answer to a packet for an endpoint without a
+// socket one to the packet that the server sent: where no sidecar runs, the
+// server learns at once that it is refused. TCP is answered with a reset, which
+// comes from the endpoint as all else does.
+func (s Spec) unreachable(h header, of sets) chain {
+	c := chain{name: unreachableChain, rules: [][]expr.Any{other(h)}}
+	const quoted uint32 = icmpHeader
+	quotedDst, quotedPort := quoted+h.dst, quoted+h.length+dportOffset
+	for _, p := range s.Ports {
+		if !p.Packet {
+			continue
+		}
+		proto, _ := transport(p.Packet)
+		var whole part // the quoted header has no options
+		if h.first != 0 {
+			whole = equals(th, quoted, h.first)
+		}
+		c.rules = append(c.rules, rule(whole, equals(th, quoted+h.next, proto), equals(th, quotedPort, port(p.Endpoint)...),
+			append(load(th, quotedDst, h.size, reg1), lookup(of.back, reg1)), // IPv6 does not send from an endpoint's address
+			store(th, quotedDst, h.size, reg1, icmpChecksum, 0), setPort(quotedPort, p.Service, icmpChecksum),
+			h.setAddress(h.src, reg1)))
+	}
+	return c
+}
