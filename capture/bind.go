@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -62,7 +61,7 @@ type Bind struct {
 	o      BindOptions
 	log    *zap.Logger
 	local  localAddrs
-	slots  chan struct{}
+	accept *acceptor
 	warned sometimes
 	wg     sync.WaitGroup
 
@@ -112,7 +111,7 @@ func NewBind(peers []catalog.Peer, o BindOptions) (*Bind, error) {
 	b := &Bind{
 		o: o, log: o.Log.Named("capture"),
 		local:     localAddrs{known: []netip.Addr{o.Server, o.Advertise}},
-		slots:     make(chan struct{}, o.MaxStreams),
+		accept:    newAcceptor(o.Log.Named("capture"), o.MaxStreams),
 		hairpins:  connset.New(),
 		endpoints: make(map[endpointKey]*endpoint),
 	}
@@ -214,7 +213,9 @@ func (b *Bind) start(e *endpoint) {
 		b.wg.Go(func() { b.servePackets(ctx, e) })
 		return
 	}
-	b.wg.Go(func() { b.serveStreams(ctx, e) })
+	b.wg.Go(func() {
+		b.accept.run(ctx, e.tcp, func(c *net.TCPConn) { b.serveStream(ctx, e, c) })
+	})
 }
 
 // publish replaces what the data path reads. Called with mu held.
@@ -253,20 +254,7 @@ func (b *Bind) Deliver(from catalog.Key, service string, payload []byte) error {
 // address: its streams come from whatever address the host chooses. The budget
 // is five seconds.
 func (b *Bind) DialServer(ctx context.Context, from catalog.Key, service string) (*net.TCPConn, error) {
-	at := slices.IndexFunc(b.o.Services, func(s Service) bool { return s.Name == service && !s.Packet })
-	if at < 0 {
-		return nil, fmt.Errorf("dial the server: no stream service %q", service)
-	}
-	local := b.o.Services[at].Local
-	d := net.Dialer{Timeout: serverDialTimeout, Control: freebind}
-	if source := b.routes.Load().sources[from]; source.IsValid() {
-		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
-	}
-	c, err := d.DialContext(ctx, "tcp"+family(local.Addr()), local.String())
-	if err != nil {
-		return nil, fmt.Errorf("dial the server: %w", err)
-	}
-	return c.(*net.TCPConn), nil //nolint:errcheck,forcetypeassert // "tcp4" and "tcp6" give nothing else
+	return dialServer(ctx, b.o.Services, service, b.routes.Load().sources[from])
 }
 
 // Run serves until ctx ends, then closes the endpoints and waits for every
@@ -285,6 +273,7 @@ func (b *Bind) Run(ctx context.Context) error {
 	<-ctx.Done()
 	b.Close()
 	b.wg.Wait()
+	b.accept.wg.Wait()
 	return nil
 }
 

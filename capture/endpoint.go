@@ -11,18 +11,12 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/catalog"
+	"culvert/internal/iproute"
 	"culvert/internal/pipe"
 )
 
 // maxDatagram is the largest UDP payload there is, plus one byte.
 const maxDatagram = 65507 + 1
-
-// The time budgets of an endpoint.
-const (
-	serverDialTimeout = 5 * time.Second
-	shortestBackoff   = 5 * time.Millisecond
-	longestBackoff    = time.Second
-)
 
 // An endpointKey is a socket's place in the kernel's tables.
 type endpointKey struct {
@@ -42,7 +36,7 @@ type endpoint struct {
 
 func openEndpoint(key endpointKey, s Service, owner catalog.Key) (*endpoint, error) {
 	if key.addr.Addr().Is6() {
-		if err := checkLocal(key.addr.Addr()); err != nil {
+		if err := iproute.Local(key.addr.Addr()); err != nil {
 			return nil, err
 		}
 	}
@@ -110,42 +104,13 @@ func (b *Bind) wrongSource(e *endpoint, from netip.Addr) {
 	}
 }
 
-// serveStreams accepts connections to the endpoint's owner until the listener
-// is closed.
-func (b *Bind) serveStreams(ctx context.Context, e *endpoint) {
-	backoff := shortestBackoff
-	for {
-		c, err := e.tcp.AcceptTCP()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil { // out of descriptors, most likely: others may free some
-			b.log.Error("accept on an endpoint", zap.Stringer("address", e.key.addr), zap.Error(err))
-			if !wait(ctx, backoff) {
-				return
-			}
-			backoff = min(2*backoff, longestBackoff)
-			continue
-		}
-		backoff = shortestBackoff
-		from := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap() //nolint:errcheck // a TCP connection's
-		if !b.local.contains(from) {
-			b.wrongSource(e, from)
-			pipe.Abort(c)
-			continue
-		}
-		select {
-		case b.slots <- struct{}{}:
-		case <-ctx.Done():
-			pipe.Abort(c)
-			return
-		}
-		b.wg.Go(func() { b.serveStream(ctx, e, c) })
-	}
-}
-
+// serveStream serves one connection to the endpoint's owner.
 func (b *Bind) serveStream(ctx context.Context, e *endpoint, c *net.TCPConn) {
-	defer func() { <-b.slots }()
+	if from := remoteOf(c); !b.local.contains(from) {
+		b.wrongSource(e, from)
+		pipe.Abort(c)
+		return
+	}
 	to := *e.owner.Load()
 	if to != b.o.Self {
 		b.o.Handler.Stream(ctx, to, e.service.Name, c)
@@ -167,15 +132,4 @@ func (b *Bind) serveStream(ctx context.Context, e *endpoint, c *net.TCPConn) {
 	stop := context.AfterFunc(ctx, func() { pipe.Abort(c); pipe.Abort(server) })
 	defer stop()
 	pipe.Join(c, server, pipe.Options{})
-}
-
-func wait(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }

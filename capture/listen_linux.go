@@ -2,9 +2,7 @@ package capture
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"syscall"
@@ -17,7 +15,10 @@ import (
 const udpBuffer = 1 << 20
 
 func listenPacket(at netip.AddrPort) (*net.UDPConn, error) {
-	lc := net.ListenConfig{Control: freebind}
+	return listenPacketBy(&net.ListenConfig{Control: freebind}, at)
+}
+
+func listenPacketBy(lc *net.ListenConfig, at netip.AddrPort) (*net.UDPConn, error) {
 	pc, err := lc.ListenPacket(context.Background(), "udp"+family(at.Addr()), at.String())
 	if err != nil {
 		return nil, systemError(err)
@@ -29,7 +30,10 @@ func listenPacket(at netip.AddrPort) (*net.UDPConn, error) {
 }
 
 func listenStream(at netip.AddrPort) (*net.TCPListener, error) {
-	lc := net.ListenConfig{Control: freebind}
+	return listenStreamBy(&net.ListenConfig{Control: freebind}, at)
+}
+
+func listenStreamBy(lc *net.ListenConfig, at netip.AddrPort) (*net.TCPListener, error) {
 	ln, err := lc.Listen(context.Background(), "tcp"+family(at.Addr()), at.String())
 	if err != nil {
 		return nil, systemError(err)
@@ -47,18 +51,12 @@ func family(a netip.Addr) string {
 // freebind lets an IPv6 socket take an address that is local by an AnyIP route
 // (ip -6 route add local PREFIX dev lo) and on no interface. IPv4 needs no such
 // thing. Because it also lets a socket take an address that nothing routes
-// here, checkLocal comes first.
+// here, iproute.Local comes first.
 func freebind(network, _ string, rc syscall.RawConn) error {
 	if network != "udp6" && network != "tcp6" {
 		return nil
 	}
-	var serr error
-	if err := rc.Control(func(fd uintptr) {
-		serr = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_FREEBIND, 1)
-	}); err != nil {
-		return err
-	}
-	return serr
+	return setsockopt(rc, func(fd int) error { return unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_FREEBIND, 1) })
 }
 
 // systemError strips the layers that net puts around the system's error: who
@@ -70,49 +68,63 @@ func systemError(err error) error {
 	return err
 }
 
-// checkLocal asks the kernel whether it delivers what is sent to addr to this
-// host itself (rtnetlink(7), RTM_GETROUTE, type RTN_LOCAL). It returns
-// EADDRNOTAVAIL if not.
-func checkLocal(addr netip.Addr) error {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+// listenPacketAny opens a socket for every endpoint at once. Each datagram tells
+// which it was for (ip(7), IP_PKTINFO; ipv6(7), IPV6_RECVPKTINFO).
+func listenPacketAny(at netip.AddrPort) (*net.UDPConn, *batch, error) {
+	lc := net.ListenConfig{Control: func(network, address string, rc syscall.RawConn) error {
+		return errors.Join(freebind(network, address, rc), setsockopt(rc, func(fd int) error {
+			if at.Addr().Is6() {
+				return unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
+			}
+			return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
+		}))
+	}}
+	c, err := listenPacketBy(&lc, at)
 	if err != nil {
-		return fmt.Errorf("ask for the route to %s: %w", addr, err)
+		return nil, nil, err
 	}
-	defer func() { _ = unix.Close(fd) }()
-	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 1})
-	if err := unix.Sendto(fd, routeRequest(addr), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return fmt.Errorf("ask for the route to %s: %w", addr, err)
-	}
-	buf := make([]byte, 4096)
-	n, _, err := unix.Recvfrom(fd, buf, 0)
+	b, err := newBatch(c)
 	if err != nil {
-		return fmt.Errorf("read the route to %s: %w", addr, err)
+		_ = c.Close()
+		return nil, nil, err
 	}
-	const typeOffset = unix.SizeofNlMsghdr + 7 // rtm_type in struct rtmsg
-	if n <= typeOffset {
-		return fmt.Errorf("read the route to %s: %d bytes of answer", addr, n)
-	}
-	// No route at all is an NLMSG_ERROR: not ours either.
-	if binary.NativeEndian.Uint16(buf[4:]) != unix.RTM_NEWROUTE || buf[typeOffset] != unix.RTN_LOCAL {
-		return unix.EADDRNOTAVAIL
-	}
-	return nil
+	return c, b, nil
 }
 
-func routeRequest(addr netip.Addr) []byte {
-	ip := addr.AsSlice()
-	fam := byte(unix.AF_INET6)
-	if addr.Is4() {
-		fam = unix.AF_INET
+func setsockopt(rc syscall.RawConn, set func(fd int) error) error {
+	var err error
+	if cerr := rc.Control(func(fd uintptr) { err = set(int(fd)) }); cerr != nil {
+		return cerr
 	}
-	size := unix.SizeofNlMsghdr + unix.SizeofRtMsg + unix.SizeofRtAttr + len(ip)
-	b := make([]byte, 0, size)
-	b = binary.NativeEndian.AppendUint32(b, uint32(size)) //nolint:gosec // 60 at the most
-	b = binary.NativeEndian.AppendUint16(b, unix.RTM_GETROUTE)
-	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST)
-	b = append(b, make([]byte, 8)...)                                          // sequence and port: one question, one answer
-	b = append(b, fam, byte(addr.BitLen()), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)      //nolint:gosec // 32 or 128
-	b = binary.NativeEndian.AppendUint16(b, uint16(unix.SizeofRtAttr+len(ip))) //nolint:gosec // 20 at the most
-	b = binary.NativeEndian.AppendUint16(b, unix.RTA_DST)
-	return append(b, ip...)
+	return err
+}
+
+// sourceControl is the control message that makes a datagram come from an
+// address.
+func sourceControl(a netip.Addr) []byte {
+	if a.Is4() {
+		return unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: a.As4()})
+	}
+	return unix.PktInfo6(&unix.Inet6Pktinfo{Addr: a.As16()})
+}
+
+// controlSize is enough for the control messages of a datagram.
+const controlSize = 64
+
+// destination is the address that a datagram was for, from its control messages;
+// the zero Addr if they do not tell.
+func destination(control []byte) netip.Addr {
+	for len(control) > 0 {
+		h, data, rest, err := unix.ParseOneSocketControlMessage(control)
+		switch {
+		case err != nil:
+			return netip.Addr{}
+		case h.Level == unix.IPPROTO_IP && h.Type == unix.IP_PKTINFO && len(data) >= unix.SizeofInet4Pktinfo:
+			return netip.AddrFrom4([4]byte(data[8:12])) // ipi_addr
+		case h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_PKTINFO && len(data) >= unix.SizeofInet6Pktinfo:
+			return netip.AddrFrom16([16]byte(data[:16])) // ipi6_addr
+		}
+		control = rest
+	}
+	return netip.Addr{}
 }

@@ -26,8 +26,8 @@ type Sidecar struct {
 	Domain      string
 	Server      Server
 	Services    []Service // of the profile, as changed, and then the further ones
-	Capture     string    // bind
-	OnExit      string    // block or open
+	Capture     string    // bind or redirect
+	OnExit      string    // block or open; of use to redirect alone
 	Listen      Listen
 	TLS         TLS
 	Gateways    []string // host:port, of the own datacenter
@@ -36,6 +36,14 @@ type Sidecar struct {
 	Admin       Admin
 	Log         Log
 }
+
+// The values of Capture and OnExit.
+const (
+	CaptureBind     = "bind"
+	CaptureRedirect = "redirect"
+	OnExitBlock     = "block"
+	OnExitOpen      = "open"
+)
 
 // Server is the local server.
 type Server struct {

@@ -59,6 +59,26 @@ peer "bob.rack1" {
 }
 ` + tlsBlock
 
+const redirectSidecar = `datacenter = "dc1"
+node       = "alice"
+server {
+  profile = "serf"
+  address = "10.71.0.11"
+}
+capture  = "redirect"
+on_exit  = "open"
+listen { address = "10.71.0.11:8443" }
+gateways = ["10.71.0.1"]
+peer "amy" {
+  datacenter = "dc1"
+  advertise  = "10.71.0.12"
+}
+peer "bob" {
+  datacenter = "dc2"
+  advertise  = "10.72.0.11"
+}
+` + tlsBlock
+
 const goodGateway = `datacenter = env("DC")
 node       = "${hostname()}"
 listen { address = "0.0.0.0:8443" }
@@ -70,6 +90,17 @@ sidecar "amy" {
 }
 datacenter "dc2" { gateways = ["203.0.113.7"] }
 `
+
+// With redirect servers have their real addresses, and siblings need no sidecar.
+func TestRedirect(t *testing.T) {
+	s, err := LoadSidecar(write(t, redirectSidecar), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Capture != CaptureRedirect || s.OnExit != OnExitOpen || s.Server.Advertise.String() != "10.71.0.11" || len(s.Peers) != 2 {
+		t.Errorf("read %+v", s)
+	}
+}
 
 func TestSidecarDefaults(t *testing.T) {
 	got, err := LoadSidecar(write(t, goodSidecar), options())
@@ -226,7 +257,7 @@ func TestFaults(t *testing.T) {
 		"a peer twice":        {goodSidecar + "peer \"amy\" {\n  datacenter = \"dc1\"\n  advertise = \"127.77.1.9\"\n  address = \"10.0.0.1\"\n}\n", `peer dc1/amy is given twice`},
 		"two families":        {change(t, `"127.77.2.1"`, `"fd77::1"`), `IPv4 and IPv6`},
 		"no IP address":       {change(t, `"127.77.2.1"`, `"bob.example"`), `advertise in peer "bob.rack1" is "bob.example", which is no IP address`},
-		"wildcard server":     {change(t, `"10.71.0.11"`, `"0.0.0.0"`), `address in server is 0.0.0.0, which stands for every address; with capture = "bind"`},
+		"wildcard server":     {change(t, `"10.71.0.11"`, `"0.0.0.0"`), `address in server is 0.0.0.0, which stands for every address; bind the server to one address`},
 		"no peer address":     {change(t, "  address    = \"10.71.0.12\"\n", ""), `peer "amy" is of this datacenter and has no address`},
 		"nothing leads there": {change(t, "gateways = [\"10.71.0.1\", \"gw.dc1.example:9443\"]\n", ""), `nothing leads to peer "bob.rack1" of dc2`},
 		"a gateway twice":     {change(t, `"gw.dc1.example:9443"`, `"10.71.0.1:8443"`), `the gateway 10.71.0.1:8443 is given twice`},
@@ -243,7 +274,10 @@ func TestFaults(t *testing.T) {
 		"port out of range":   {goodSidecar + "service \"p\" {\n  kind = \"packet\"\n  port = 70000\n}\n", `port in service "p" is 70000; a whole number from 1 to 65535`},
 		"an alpn of ours":     {goodSidecar + "service \"p\" {\n  kind = \"packet\"\n  port = 1\n  alpn = \"culvert/x\"\n}\n", `culvert/ names are Culvert's own`},
 		"an alpn twice":       {goodSidecar + "service \"p\" {\n  kind = \"packet\"\n  port = 1\n  alpn = \"consul/wan-gossip/packet\"\n}\n", `have one alpn, "consul/wan-gossip/packet"`},
-		"redirect":            {goodSidecar + "capture = \"redirect\"\n", `capture is "redirect", which is not available; this version has capture = "bind" alone`},
+		"redirect, virtual":   {goodSidecar + "capture = \"redirect\"\n", `advertise in peer "bob.rack1" is 127.77.2.1, and capture is "redirect": no server of another host has this address; give the peer's real address`},
+		"redirect, no server": {strings.Replace(redirectSidecar, `address = "10.71.0.11"`, "", 1), `capture is "redirect" and the server's address is 127.0.0.1, which no peer can know; add address = "10.71.0.11"`},
+		"redirect, port 0":    {strings.Replace(redirectSidecar, `"10.71.0.11:8443"`, `"10.71.0.11:0"`, 1), `capture is "redirect" and listen has port 0; give listen a port`},
+		"redirect, wildcard":  {strings.Replace(redirectSidecar, `address = "10.71.0.11"`, `address = "0.0.0.0"`, 1), `bind the server to one address and name that, or use capture = "redirect" and name the one that it sends to its peers from`},
 		"on_exit":             {goodSidecar + "on_exit = \"shut\"\n", `on_exit is "shut"; one of block, open`},
 		"federation":          {goodSidecar + "federation {}\n", `federation is not available in this version; name the servers in peer blocks`},
 		"no label":            {goodSidecar + "peer {\n  datacenter = \"dc2\"\n  advertise = \"127.77.2.9\"\n}\n", `peer has no label`},

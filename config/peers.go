@@ -69,6 +69,10 @@ func (d *decoder) advertised(b *block, p placedPeer, at hcl.Range, s *Sidecar, t
 			break
 		}
 	}
+	if s.Capture == CaptureRedirect && (p.Advertise.IsLoopback() || p.Advertise.IsLinkLocalUnicast()) {
+		d.fault(at, `give the peer's real address, or use capture = "bind" with virtual ones`,
+			`advertise%s is %s, and capture is "redirect": no server of another host has this address`, b.in(), p.Advertise)
+	}
 	taken[p.Advertise] = fmt.Sprintf("%s/%s", p.Datacenter, p.Node)
 	if own := s.Server.Advertise; own.IsValid() && own.Is4() != p.Advertise.Is4() {
 		d.fault(at, "servers that gossip with each other use one family", "advertise%s is %s and this server's is %s: IPv4 and IPv6", b.in(), p.Advertise, own)
@@ -138,7 +142,7 @@ func (d *decoder) reachable(s *Sidecar, peers []placedPeer) {
 			continue
 		}
 		if p.Datacenter == s.Datacenter {
-			if p.Node != s.Node {
+			if p.Node != s.Node && s.Capture == CaptureBind { // with redirect siblings are reached as they are
 				d.fault(p.needsAt, `add address = "10.71.0.12:8443", its sidecar's`,
 					"peer %q is of this datacenter and has no address", p.Node)
 			}

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -42,7 +43,7 @@ func profileServices(profile string) []Service {
 }
 
 const (
-	wildcardServer = `with capture = "bind" the server listens on one address: bind it to one, and name that`
+	wildcardServer = `bind the server to one address and name that, or use capture = "redirect" and name the one that it sends to its peers from`
 	wildcardPeer   = "the address that its peers know the server by, such as 127.77.1.1"
 )
 
@@ -63,9 +64,10 @@ func (d *decoder) sidecar(root *block) *Sidecar {
 		d.labels("node", s.Node, at.at)
 		d.fits(s.Node, roleServer, s.Datacenter, s.Domain, at.at)
 	}
-	d.capture(root, s)
+	captured := d.capture(root, s)
 	d.services(root, s)
 	root.listen(&s.Listen, true)
+	d.redirect(s, captured.at)
 	s.Gateways = root.gatewayList()
 	peers := d.peers(root, s)
 	d.datacenters(root, s, peers)
@@ -96,13 +98,24 @@ func (d *decoder) server(b *block, s *Sidecar) {
 	}
 }
 
-func (d *decoder) capture(root *block, s *Sidecar) {
-	var at value
-	s.Capture, at = root.oneOf("capture", "bind", "bind", "redirect")
-	if s.Capture == "redirect" {
-		d.fault(at.at, `this version has capture = "bind" alone`, "capture is \"redirect\", which is not available")
+func (d *decoder) capture(root *block, s *Sidecar) (at value) {
+	s.Capture, at = root.oneOf("capture", CaptureBind, CaptureBind, CaptureRedirect)
+	s.OnExit, _ = root.oneOf("on_exit", OnExitBlock, OnExitBlock, OnExitOpen)
+	return at
+}
+
+// redirect checks what redirect needs of the rest.
+func (d *decoder) redirect(s *Sidecar, at hcl.Range) {
+	if s.Capture != CaptureRedirect {
+		return
 	}
-	s.OnExit, _ = root.oneOf("on_exit", "block", "block", "open")
+	if s.Server.Address.IsLoopback() {
+		d.fault(at, `add address = "10.71.0.11" to the server block: this host's address that the server sends to its peers from`,
+			`capture is "redirect" and the server's address is %s, which no peer can know`, s.Server.Address)
+	}
+	if _, port, err := net.SplitHostPort(s.Listen.Address); err == nil && port == "0" {
+		d.fault(at, "give listen a port: it names the rules, which outlive the sidecar", `capture is "redirect" and listen has port 0`)
+	}
 }
 
 func (d *decoder) federation(root *block) {

@@ -64,6 +64,10 @@ func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, service string) 
 	return c, nil
 }
 
+func (s *Sidecar) dialServer(ctx context.Context, from catalog.Key, service string) (*net.TCPConn, error) {
+	return s.capture.DialServer(ctx, from, service)
+}
+
 // A viaError tells by which way a peer was not reached.
 type viaError struct {
 	path locator.Path

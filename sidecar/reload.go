@@ -45,7 +45,7 @@ func (s *Sidecar) Reload(cfg *config.Sidecar) error {
 	s.cfg.Store(cfg)
 	before := s.catalog.Load()
 	s.catalog.Store(next)
-	s.links.set(s.catalog.Load().Peers)
+	s.links.set(s.carried(s.catalog.Load().Peers))
 	s.forget(before, s.catalog.Load())
 	return nil
 }

@@ -34,7 +34,6 @@ import (
 	"culvert/certs"
 	"culvert/config"
 	"culvert/internal/sample"
-	"culvert/internal/sockopt"
 	"culvert/locator"
 	"culvert/mux"
 	"culvert/packet"
@@ -82,7 +81,7 @@ type Sidecar struct {
 	verified verified
 	outbound *stream.Outbound
 	inbound  *stream.Inbound
-	capture  *capture.Bind
+	capture  capturer
 
 	mux   *mux.Server
 	admin *admin.Server
@@ -122,7 +121,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 		return nil, fmt.Errorf("build the protocol table: %w", err)
 	}
 	s.locator, err = locator.New(s.catalog, locator.Options{
-		Control: sockopt.Control,
+		Control: control(cfg),
 		Log:     o.Log, Metrics: locator.NewMetrics(o.Registry),
 	})
 	if err != nil {
@@ -138,18 +137,8 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	streams := stream.NewMetrics(o.Registry, named(cfg.Services, false)...)
 	s.outbound = stream.NewOutbound(s.dialStream, stream.OutboundOptions{Log: o.Log, Metrics: streams})
 
-	// The local server's side.
-	s.capture, err = capture.NewBind(s.catalog.Load().Peers, capture.BindOptions{
-		Self: s.self(), Server: cfg.Server.Address, Advertise: cfg.Server.Advertise, Hairpin: cfg.Server.Hairpin,
-		Services: endpoints(cfg.Services), Handler: handler{s},
-		WrongSource: func() { s.packets.DroppedOut(packet.ReasonWrongSource) },
-		Log:         o.Log, Metrics: capture.NewMetrics(o.Registry),
-	})
-	if err != nil {
-		return nil, err
-	}
-	s.links.set(s.catalog.Load().Peers)
-	s.inbound = stream.NewInbound(s.capture.DialServer, stream.InboundOptions{Log: o.Log, Metrics: streams})
+	s.links.set(s.carried(s.catalog.Load().Peers))
+	s.inbound = stream.NewInbound(s.dialServer, stream.InboundOptions{Log: o.Log, Metrics: streams})
 
 	// Inward: what the far sidecars dial.
 	muxMetrics := mux.NewMetrics(o.Registry, alpn.Reasons()...)
@@ -181,6 +170,12 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	})
 	if err != nil {
 		return nil, listenError{err}
+	}
+
+	// The local server's side, last: from here on it is taken from it.
+	s.capture, err = s.newCapture(cfg, o.Log, capture.NewMetrics(o.Registry))
+	if err != nil {
+		return nil, err
 	}
 	return s, nil
 }

@@ -19,10 +19,11 @@ import (
 
 	"culvert/certs"
 	"culvert/config"
+	"culvert/internal/testnetns"
 	"culvert/internal/testpki"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { goleak.VerifyTestMain(testnetns.Main(m)) }
 
 // Two whole sidecars on the loopback interface, each with sockets of the test
 // for a server. They reach each other directly.
@@ -51,7 +52,7 @@ func (p *pair) addr(site, host byte) netip.Addr {
 }
 
 // newPair starts alice in dc1 and bob in dc2.
-func newPair(t *testing.T) *pair {
+func newPair(t testing.TB) *pair {
 	t.Helper()
 	p := &pair{ca: testpki.New(t, "consul"), n: byte(150 + ranges.Add(1))}
 	p.alice = p.start(t, p.config(t, 1, "alice"))
@@ -59,7 +60,33 @@ func newPair(t *testing.T) *pair {
 	return p
 }
 
-func (p *pair) config(t *testing.T, site byte, node string) *config.Sidecar {
+// newRedirectPair starts the same two on a host with real addresses, captured by
+// redirect: each server knows the other by an address that leads nowhere.
+func newRedirectPair(t testing.TB) *pair {
+	t.Helper()
+	testnetns.Require(t)
+	p := &pair{ca: testpki.New(t, "consul"), n: byte(150 + ranges.Add(1))}
+	advertised := map[string]netip.Addr{"alice": netip.MustParseAddr("10.3.0.1"), "bob": netip.MustParseAddr("10.2.0.1")}
+	redirect := func(site byte, node, listen string) *side {
+		cfg := p.config(t, site, node)
+		cfg.Capture, cfg.OnExit = config.CaptureRedirect, config.OnExitOpen
+		server := netip.AddrFrom4([4]byte{10, 1, 0, site})
+		cfg.Server = config.Server{Address: server, Advertise: advertised[node]}
+		for i := range cfg.Services {
+			cfg.Services[i].Local = netip.AddrPortFrom(server, port)
+		}
+		cfg.Listen.Address = p.addr(site, 200).String() + listen
+		cfg.Peers[0].Advertise = advertised[cfg.Peers[0].Node]
+		if site == 1 {
+			cfg.Peers[0].Address = p.addr(2, 200).String() + ":8444"
+		}
+		return p.start(t, cfg)
+	}
+	p.alice, p.bob = redirect(1, "alice", ":8443"), redirect(2, "bob", ":8444")
+	return p
+}
+
+func (p *pair) config(t testing.TB, site byte, node string) *config.Sidecar {
 	t.Helper()
 	dc, other, otherNode := fmt.Sprintf("dc%d", site), 3-site, map[string]string{"alice": "bob", "bob": "alice"}[node]
 	ca, cert, key := p.ca.WriteFiles(t, t.TempDir(), p.ca.Leaf(t, testpki.Server(dc, node)))
@@ -82,7 +109,7 @@ func (p *pair) config(t *testing.T, site byte, node string) *config.Sidecar {
 	}
 }
 
-func (p *pair) start(t *testing.T, cfg *config.Sidecar) *side {
+func (p *pair) start(t testing.TB, cfg *config.Sidecar) *side {
 	t.Helper()
 	local := cfg.Services[0].Local
 	udp, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(local))
@@ -123,14 +150,14 @@ func (p *pair) start(t *testing.T, cfg *config.Sidecar) *side {
 	return out
 }
 
-func (s *side) send(t *testing.T, to netip.Addr, payload string) {
+func (s *side) send(t testing.TB, to netip.Addr, payload string) {
 	t.Helper()
 	if _, err := s.udp.WriteToUDPAddrPort([]byte(payload), netip.AddrPortFrom(to, port)); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (s *side) receive(t *testing.T) (string, netip.AddrPort) {
+func (s *side) receive(t testing.TB) (string, netip.AddrPort) {
 	t.Helper()
 	buf := make([]byte, 65536)
 	_ = s.udp.SetReadDeadline(time.Now().Add(10 * time.Second))
@@ -141,7 +168,7 @@ func (s *side) receive(t *testing.T) (string, netip.AddrPort) {
 	return string(buf[:n]), from
 }
 
-func eventually(t *testing.T, f func() error) {
+func eventually(t testing.TB, f func() error) {
 	t.Helper()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
@@ -208,6 +235,36 @@ func TestPacketsAndStreamsCross(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// With redirect the sidecars do the same for servers with real addresses, and
+// tell where each one's streams come from.
+func TestRedirectCrosses(t *testing.T) {
+	p := newRedirectPair(t)
+	bob, alice := p.alice.cfg.Peers[0].Advertise, p.bob.cfg.Peers[0].Advertise
+	p.alice.send(t, bob, "ping")
+	if got, from := p.bob.receive(t); got != "ping" || from != netip.AddrPortFrom(alice, port) {
+		t.Errorf("bob's server got %q from %v, want it from %v", got, from, alice)
+	}
+	p.bob.send(t, alice, "pong")
+	if got, from := p.alice.receive(t); got != "pong" || from != netip.AddrPortFrom(bob, port) {
+		t.Errorf("alice's server got %q from %v, want it from %v", got, from, bob)
+	}
+	eventually(t, func() error {
+		st := p.bob.Status()
+		if !st.Ready || st.Capture.Mode != "redirect" || st.Capture.Table != "culvert_8444" || len(st.Capture.Lost) != 0 || st.Peers[0].Endpoint == "" {
+			return fmt.Errorf("status %+v", st)
+		}
+		return nil
+	})
+	next := *p.bob.cfg
+	next.Peers = nil
+	if err := p.bob.Reload(&next); err != nil {
+		t.Fatal(err)
+	}
+	if st := p.bob.Status(); len(st.Peers) != 0 {
+		t.Errorf("after alice has left: %+v", st)
+	}
 }
 
 // A reload brings a peer and takes another without touching the rest; one that

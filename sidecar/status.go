@@ -15,6 +15,7 @@ type Status struct {
 	Node       string          `json:"node"`
 	Version    string          `json:"version"`
 	Ready      bool            `json:"ready"`
+	Capture    CaptureStatus   `json:"capture"`
 	Peers      []PeerStatus    `json:"peers"`
 	Gateways   []GatewayStatus `json:"gateways"`
 }
@@ -26,9 +27,10 @@ type PeerStatus struct {
 	Datacenter      string            `json:"datacenter"`
 	Node            string            `json:"node"`
 	Advertise       string            `json:"advertise"`
-	Path            string            `json:"path"`    // direct, local, remote or native
-	Gateway         string            `json:"gateway"` // the one in use, "" for none
-	State           string            `json:"state"`   // up, dialing, idle or down: of the packet links, the best
+	Endpoint        string            `json:"endpoint"` // with redirect where its streams come from, "" with bind
+	Path            string            `json:"path"`     // direct, local, remote or native; plain where it is not captured
+	Gateway         string            `json:"gateway"`  // the one in use, "" for none
+	State           string            `json:"state"`    // up, dialing, idle or down: of the packet links, the best
 	PacketsSent     uint64            `json:"packets_sent"`
 	PacketsReceived uint64            `json:"packets_received"`
 	BytesSent       uint64            `json:"bytes_sent"`
@@ -52,12 +54,18 @@ type GatewayStatus struct {
 // Status describes the sidecar at this moment.
 func (s *Sidecar) Status() Status {
 	snap := s.catalog.Load()
+	captured, endpoints := s.captureStatus()
 	st := Status{
 		Kind: "sidecar", Datacenter: snap.Self.Datacenter, Node: snap.Self.Node, Version: s.version,
 		Ready: s.readiness().Ready, Peers: make([]PeerStatus, 0, len(snap.Peers)), Gateways: s.gatewayStatus(),
+		Capture: captured,
 	}
 	for _, p := range snap.Peers {
-		st.Peers = append(st.Peers, s.peerStatus(p))
+		peer := s.peerStatus(p)
+		if at, ok := endpoints[p.Key]; ok {
+			peer.Endpoint = at.String()
+		}
+		st.Peers = append(st.Peers, peer)
 	}
 	return st
 }
@@ -79,7 +87,10 @@ func (s *Sidecar) peerStatus(p catalog.Peer) PeerStatus {
 	st.Path, st.Gateway = path.Kind, path.Gateway
 	known := s.verified.get(p.Key)
 	st.Authenticated, st.TLS = known.name, known.tls
-	if known.native {
+	switch {
+	case s.isPlain(p.Key):
+		st.Path, st.Gateway = "plain", ""
+	case known.native:
 		st.Path = "native"
 	}
 	for _, l := range s.links.status(p.Key) {
@@ -142,7 +153,8 @@ func (s *Sidecar) readiness() admin.Readiness {
 	if err := s.certs.Valid(time.Now()); err != nil {
 		cert.OK, cert.Detail = false, err.Error()
 	}
-	r := admin.All(listening, cert)
+	captured, _ := s.captureStatus()
+	r := admin.All(listening, cert, admin.Check{Name: "capture", OK: captured.Blocked == "", Detail: captured.Blocked})
 	r.Details = s.readyDetails()
 	return r
 }

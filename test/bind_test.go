@@ -35,8 +35,7 @@ func TestBindThreeAndOne(t *testing.T) {
 }
 
 func testBind(t *testing.T, s settings) {
-	events := t.TempDir()
-	s.agentJSON = fmt.Sprintf(`{"event_handlers": ["query:who=echo $SERF_SELF_NAME", "user:told=cat > %s/$SERF_SELF_NAME"]}`, events)
+	s.agentJSON = `{"event_handlers": ["query:who=echo $SERF_SELF_NAME", "user:told=cat > told"]}`
 	f := newFederation(t, s)
 	for _, site := range f.Sites {
 		if out, err := site.Gateway.Run("cat", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"); err != nil || strings.TrimSpace(out) != "0\n0" {
@@ -46,8 +45,36 @@ func testBind(t *testing.T, s settings) {
 	guard, tap := f.Guard(), f.Tap()
 	f.join()
 
+	f.reachEachOther()
+
+	passed, dropped := guard.Counts()
+	if passed == 0 || dropped != 0 {
+		t.Errorf("on the WAN link %d packets passed and %d were dropped, want some and none", passed, dropped)
+	}
+	tap.Check(t, 0x16)
+	t.Logf("%v: %d packets crossed the WAN link", f.Network, passed)
+
+	// The control: without sidecars there is no way.
+	first, last := f.servers[0], f.servers[len(f.servers)-1]
 	for _, one := range f.servers {
-		lab.Eventually(t, converge, func() error {
+		one.sidecar.Stop()
+		if _, err := one.agent.Do("leave"); err != nil {
+			t.Logf("leave: %v", err)
+		}
+	}
+	fresh := first.host.StartSerf("fresh", first.host.Addr, first.advertise, "")
+	if out, err := fresh.Do("join", last.advertise.String()); err == nil {
+		t.Errorf("serf join succeeds without sidecars: %s", out)
+	}
+}
+
+// reachEachOther checks what an operator of servers would: each reaches all,
+// tells all and asks all, and knows how far it is. The agents' handlers keep what
+// they were told in a file.
+func (f *federation) reachEachOther() {
+	f.t.Helper()
+	for _, one := range f.servers {
+		lab.Eventually(f.t, converge, func() error {
 			acks, err := one.agent.Acks()
 			if err == nil && len(acks) != len(f.servers) {
 				err = fmt.Errorf("%s has acks of %v, want of all %d", one.node, acks, len(f.servers))
@@ -58,11 +85,11 @@ func testBind(t *testing.T, s settings) {
 
 	first := f.servers[0]
 	if _, err := first.agent.Do("event", "told", "the news"); err != nil {
-		t.Fatal(err)
+		f.t.Fatal(err)
 	}
 	for _, one := range f.servers {
-		lab.Eventually(t, converge, func() error {
-			got, err := os.ReadFile(filepath.Join(events, one.node))
+		lab.Eventually(f.t, converge, func() error {
+			got, err := os.ReadFile(filepath.Join(one.host.Dir, "told"))
 			if err == nil && strings.TrimSpace(string(got)) != "the news" {
 				err = fmt.Errorf("%s was told %q", one.node, got)
 			}
@@ -70,7 +97,7 @@ func testBind(t *testing.T, s settings) {
 		})
 	}
 
-	lab.Eventually(t, converge, func() error {
+	lab.Eventually(f.t, converge, func() error {
 		answers, err := first.agent.Query("who")
 		if err != nil {
 			return err
@@ -84,30 +111,11 @@ func testBind(t *testing.T, s settings) {
 	})
 
 	last := f.servers[len(f.servers)-1]
-	lab.Eventually(t, converge, func() error {
+	lab.Eventually(f.t, converge, func() error {
 		out, err := first.agent.Do("rtt", last.node)
 		if err == nil && !strings.Contains(out, "rtt:") {
 			err = fmt.Errorf("serf rtt says %q", out)
 		}
 		return err
 	})
-
-	passed, dropped := guard.Counts()
-	if passed == 0 || dropped != 0 {
-		t.Errorf("on the WAN link %d packets passed and %d were dropped, want some and none", passed, dropped)
-	}
-	tap.Check(t, 0x16)
-	t.Logf("%v: %d packets crossed the WAN link", f.Network, passed)
-
-	// The control: without sidecars there is no way.
-	for _, one := range f.servers {
-		one.sidecar.Stop()
-		if _, err := one.agent.Do("leave"); err != nil {
-			t.Logf("leave: %v", err)
-		}
-	}
-	fresh := first.host.StartSerf("fresh", first.host.Addr, first.advertise, "")
-	if out, err := fresh.Do("join", last.advertise.String()); err == nil {
-		t.Errorf("serf join succeeds without sidecars: %s", out)
-	}
 }

@@ -94,34 +94,37 @@ func TestFaults(t *testing.T) {
 // gossip: nobody may be declared failed.
 func restarts(t *testing.T, f *federation, flows []*flow, monitors []*lab.Process) {
 	t.Helper()
-	for _, d := range []struct {
-		name string
-		*lab.Daemon
-	}{{"sidecar of alice", f.servers[0].sidecar}, {"gateway of dc1", f.gateways[0]}, {"gateway of dc2", f.gateways[1]}} {
-		for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-			began := time.Now()
-			for range 5 {
-				if sig == syscall.SIGTERM {
-					d.Stop()
-				} else {
-					d.Kill()
-				}
-				d.Again()
-				d.AwaitReady()
-				for _, fl := range flows {
-					fl.await(time.Now(), 20*time.Second)
-				}
+	f.restartUnder(flows, monitors, "sidecar of alice", f.servers[0].sidecar)
+	f.restartUnder(flows, monitors, "gateway of dc1", f.gateways[0])
+	f.restartUnder(flows, monitors, "gateway of dc2", f.gateways[1])
+}
+
+// restartUnder restarts one daemon under gossip.
+func (f *federation) restartUnder(flows []*flow, monitors []*lab.Process, name string, d *lab.Daemon) {
+	f.t.Helper()
+	for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		began := time.Now()
+		for range 5 {
+			if sig == syscall.SIGTERM {
+				d.Stop()
+			} else {
+				d.Kill()
 			}
-			t.Logf("%s, 5 times %v: longest gaps %v and %v", d.name, sig,
-				flows[0].longestGap(began).Round(time.Millisecond), flows[1].longestGap(began).Round(time.Millisecond))
+			d.Again()
+			d.AwaitReady()
+			for _, fl := range flows {
+				fl.await(time.Now(), 20*time.Second)
+			}
 		}
+		f.t.Logf("%s, 5 times %v: longest gaps %v and %v", name, sig,
+			flows[0].longestGap(began).Round(time.Millisecond), flows[1].longestGap(began).Round(time.Millisecond))
 	}
 	for i, m := range monitors {
 		if out := failures(m); len(out) > 0 {
-			t.Errorf("%s declared failed during the restarts: %s", f.servers[i].node, strings.Join(out, "\n"))
+			f.t.Errorf("%s declared failed while the %s was restarted: %s", f.servers[i].node, name, strings.Join(out, "\n"))
 		}
 		if !strings.Contains(m.Output(), "[DEBUG]") {
-			t.Errorf("the monitor of %s saw nothing", f.servers[i].node)
+			f.t.Errorf("the monitor of %s saw nothing", f.servers[i].node)
 		}
 	}
 }

@@ -38,6 +38,7 @@ type settings struct {
 	domain     string // "" means consul
 	extra      string // further configuration of the sidecars
 	noSidecars bool
+	redirect   bool // capture is redirect: servers have their real addresses and listen on all
 }
 
 // names are the servers' names, in the order of the hosts.
@@ -51,33 +52,47 @@ func newFederation(t *testing.T, s settings) *federation {
 	}
 	f := &federation{t: t, Network: lab.TwoSites(t, lab.Options{HostsA: s.hosts[0], HostsB: s.hosts[1], IPv6: s.ipv6})}
 	f.pki = lab.NewPKI(t, s.domain)
+	if s.redirect {
+		f.DefaultRoutes()
+	}
 	i := 0
 	for d, site := range f.Sites {
 		for h, host := range site.Hosts {
 			f.servers = append(f.servers, &server{test: t, dc: site.Name, node: names[i], host: host, advertise: virtual(s.ipv6, d+1, h+1)})
-			i++
-			if s.ipv6 {
+			switch {
+			case s.redirect:
+				f.servers[i].advertise = host.Addr
+			case s.ipv6:
 				host.MakeLocal("fd77::/32")
 			}
+			i++
 		}
 	}
-	for d, site := range f.Sites {
-		if !s.noSidecars {
-			f.gateways[d] = site.Gateway.StartCulvert("gateway", f.gatewayConfig(d))
-		}
-	}
-	for _, one := range f.servers {
-		if !s.noSidecars {
-			one.sidecar = one.host.StartCulvert("sidecar", f.sidecarConfig(one, s))
-		}
+	if !s.noSidecars {
+		f.startCulvert(s)
 	}
 	if s.noAgents {
 		return f
 	}
 	for _, one := range f.servers {
+		if s.redirect {
+			one.agent = one.host.StartUncaptured(one.node)
+			continue
+		}
 		one.agent = one.host.StartSerf(one.node, one.host.Addr, one.advertise, s.agentJSON)
 	}
 	return f
+}
+
+// startCulvert starts the gateways and the sidecars.
+func (f *federation) startCulvert(s settings) {
+	f.t.Helper()
+	for d, site := range f.Sites {
+		f.gateways[d] = site.Gateway.StartCulvert("gateway", f.gatewayConfig(d))
+	}
+	for _, one := range f.servers {
+		one.sidecar = one.host.StartCulvert("sidecar", f.sidecarConfig(one, s))
+	}
 }
 
 // virtual is the address that a server advertises in all datacenters.
@@ -107,30 +122,35 @@ func (f *federation) gatewayConfig(d int) string {
 }
 
 func (f *federation) sidecarConfig(s *server, set settings) string {
+	if set.domain == "" {
+		set.domain = "consul"
+	}
 	gateway := f.Sites[0].Gateway
 	if s.dc == f.Sites[1].Name {
 		gateway = f.Sites[1].Gateway
 	}
 	var b strings.Builder
+	capture := fmt.Sprintf("  advertise = %q\n}\n", s.advertise)
+	if set.redirect {
+		capture = "}\ncapture = \"redirect\"\n"
+	}
 	fmt.Fprintf(&b, `datacenter = %q
 node       = %q
 domain     = %q
 server {
   profile   = "serf"
   address   = %q
-  advertise = %q
-}
-listen { address = %q }
+%slisten { address = %q }
 gateways = [%q]
 log { level = "debug" }
-%s%s`, s.dc, s.node, set.domain, s.host.Addr, s.advertise, lab.HostPort(s.host.Addr, 8443), lab.HostPort(gateway.Addr, 8443),
+%s%s`, s.dc, s.node, set.domain, s.host.Addr, capture, lab.HostPort(s.host.Addr, 8443), lab.HostPort(gateway.Addr, 8443),
 		f.pki.Server(s.dc, s.node, set.domain), set.extra)
 	for _, peer := range f.servers {
 		if peer == s {
 			continue
 		}
 		fmt.Fprintf(&b, "peer %q {\n  datacenter = %q\n  advertise = %q\n", peer.node, peer.dc, peer.advertise)
-		if peer.dc == s.dc {
+		if peer.dc == s.dc && !set.redirect {
 			fmt.Fprintf(&b, "  address = %q\n", lab.HostPort(peer.host.Addr, 8443))
 		}
 		b.WriteString("}\n")

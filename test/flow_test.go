@@ -33,14 +33,16 @@ type flow struct {
 	out      *net.UDPConn
 
 	mu       sync.Mutex
+	sent     uint64
 	arrivals []time.Time
+	seen     map[uint64]bool // numbers of those that arrived
 	sources  map[string]int
 }
 
 // startFlow sends until the test ends.
 func startFlow(t *testing.T, from, to *server) *flow {
 	t.Helper()
-	f := &flow{t: t, from: from, to: to, sources: make(map[string]int)}
+	f := &flow{t: t, from: from, to: to, seen: make(map[uint64]bool), sources: make(map[string]int)}
 	in, err := to.host.ListenPacket(lab.HostPort(to.host.Addr, probePort))
 	if err != nil {
 		t.Fatal(err)
@@ -64,6 +66,9 @@ func startFlow(t *testing.T, from, to *server) *flow {
 			}
 			binary.BigEndian.PutUint64(payload, i)
 			_, _ = f.out.WriteToUDP(payload, target) // refused while a sidecar restarts
+			f.mu.Lock()
+			f.sent = i + 1
+			f.mu.Unlock()
 		}
 	})
 	wg.Go(func() { f.receive(in) })
@@ -79,15 +84,44 @@ func startFlow(t *testing.T, from, to *server) *flow {
 func (f *flow) receive(in *net.UDPConn) {
 	buf := make([]byte, 1024)
 	for {
-		_, src, err := in.ReadFromUDPAddrPort(buf)
+		n, src, err := in.ReadFromUDPAddrPort(buf)
 		if err != nil {
 			return
 		}
 		f.mu.Lock()
+		if n >= 8 {
+			f.seen[binary.BigEndian.Uint64(buf)] = true
+		}
 		f.arrivals = append(f.arrivals, time.Now())
 		f.sources[src.Addr().String()]++
 		f.mu.Unlock()
 	}
+}
+
+// wantWhole checks that all that was sent since the first that arrived has
+// arrived, or does within a second.
+func (f *flow) wantWhole() {
+	f.t.Helper()
+	f.mu.Lock()
+	sent := f.sent
+	f.mu.Unlock()
+	lab.Eventually(f.t, time.Second, func() error {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		first, missing := uint64(0), 0
+		for first < sent && !f.seen[first] {
+			first++
+		}
+		for i := first; i < sent; i++ {
+			if !f.seen[i] {
+				missing++
+			}
+		}
+		if missing > 0 || first == sent {
+			return fmt.Errorf("%d of %d packets from %s to %s were lost", missing, sent-first, f.from.node, f.to.node)
+		}
+		return nil
+	})
 }
 
 // seenFrom are the addresses that packets came from, and how many from each.

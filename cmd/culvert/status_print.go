@@ -13,11 +13,12 @@ import (
 
 func printSidecar(w io.Writer, s sidecar.Status) {
 	_, _ = fmt.Fprintf(w, "sidecar %s/%s, version %s, %s\n\n", s.Datacenter, s.Node, s.Version, readiness(s.Ready))
-	row(w, "PEER", "ADVERTISE", "STATE", "PATH", "GATEWAY", "PACKETS OUT", "IN", "BYTES OUT", "IN", "STREAMS", "DROPS", "LAST ERROR")
+	row(w, "PEER", "ADVERTISE", "ENDPOINT", "STATE", "PATH", "GATEWAY", "PACKETS OUT", "IN", "BYTES OUT", "IN", "STREAMS", "DROPS", "LAST ERROR")
 	for _, p := range s.Peers {
-		row(w, p.Datacenter+"/"+p.Node, p.Advertise, p.State, p.Path, orDash(p.Gateway), p.PacketsSent, p.PacketsReceived,
+		row(w, p.Datacenter+"/"+p.Node, p.Advertise, orDash(p.Endpoint), p.State, p.Path, orDash(p.Gateway), p.PacketsSent, p.PacketsReceived,
 			p.BytesSent, p.BytesReceived, fmt.Sprintf("%d/%d", p.StreamsOpen, p.StreamsTotal), drops(p.Drops), orDash(p.LastError))
 	}
+	printLost(w, s.Capture)
 	if len(s.Gateways) == 0 {
 		return
 	}
@@ -25,6 +26,21 @@ func printSidecar(w io.Writer, s sidecar.Status) {
 	row(w, "GATEWAY", "DATACENTER", "HEALTH", "LAST ERROR")
 	for _, g := range s.Gateways {
 		row(w, g.Address, g.Datacenter, health(g.Healthy), orDash(g.LastError))
+	}
+}
+
+// printLost tells what redirect refuses, and what keeps it from working.
+func printLost(w io.Writer, c sidecar.CaptureStatus) {
+	if len(c.Lost) > 0 {
+		row(w)
+		row(w, "REFUSED", "ONCE OF")
+		for _, l := range c.Lost {
+			row(w, l.Address, orDash(l.Name))
+		}
+	}
+	if c.Blocked != "" {
+		row(w)
+		_, _ = fmt.Fprintf(w, "blocked by this host's firewall: %s\n", c.Blocked)
 	}
 }
 

@@ -41,9 +41,16 @@ func (h *Host) StartAnother(kind, name, config, admin string) *Daemon {
 	program := Culvert(h.t)
 	file := h.WriteFile(name+".hcl", config)
 	keepConfig(h.t, kind, config)
-	d := &Daemon{Process: h.Start("culvert-"+name, program, kind, "--config", file), host: h, admin: admin}
-	h.t.Cleanup(d.Stop)
+	d := h.StartDaemon("culvert-"+name, admin, program, kind, "--config", file)
 	d.AwaitReady()
+	return d
+}
+
+// StartDaemon starts a sidecar or a gateway by a command of the test's own.
+func (h *Host) StartDaemon(name, admin, program string, args ...string) *Daemon {
+	h.t.Helper()
+	d := &Daemon{Process: h.Start(name, program, args...), host: h, admin: admin}
+	h.t.Cleanup(d.Stop)
 	return d
 }
 

@@ -253,6 +253,39 @@ func (n *Network) Route() {
 	}
 }
 
+// DefaultRoutes gives each host a default route to its site's gateway host, as
+// hosts have it, and counts there what they send that way for the other site.
+// The gateway hosts forward nothing.
+func (n *Network) DefaultRoutes() {
+	n.t.Helper()
+	family := "ip"
+	if n.IPv6 {
+		family = "ip6"
+	}
+	for i, site := range n.Sites {
+		far := netip.PrefixFrom(n.Sites[1-i].Gateway.Addr, map[bool]int{false: 24, true: 64}[n.IPv6]).Masked()
+		nft(n.t, site.Gateway, fmt.Sprintf(`table inet plainly {
+  counter sent {}
+  chain pre { type filter hook prerouting priority -400; %s daddr %s counter name sent; }
+}
+`, family, far))
+		for _, h := range site.Hosts {
+			ip(n.t, h.NS, "route add default via "+site.Gateway.Addr.String())
+		}
+	}
+}
+
+// SentPlainly is how many packets the hosts have sent for the other site by
+// their default routes.
+func (n *Network) SentPlainly() int {
+	n.t.Helper()
+	sent := 0
+	for _, site := range n.Sites {
+		sent += counters(n.t, site.Gateway, "plainly")["sent"]
+	}
+	return sent
+}
+
 // Hosts returns the hosts of both sites, gateways aside.
 func (n *Network) Hosts() []*Host {
 	return append(append([]*Host{}, n.Sites[0].Hosts...), n.Sites[1].Hosts...)

@@ -117,6 +117,12 @@ func (p *Process) running() (*exec.Cmd, chan struct{}) {
 	return p.cmd, p.done
 }
 
+// PID is the process's number: ip(8) becomes the program that it starts.
+func (p *Process) PID() int {
+	cmd, _ := p.running()
+	return cmd.Process.Pid
+}
+
 // Ended tells whether the process has gone.
 func (p *Process) Ended() bool {
 	_, done := p.running()

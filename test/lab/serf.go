@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 )
@@ -50,6 +51,33 @@ func (h *Host) StartSerf(name string, bind, advertise netip.Addr, more string) *
 	a.Process = h.Start("serf-"+name, a.program, "agent", "-config-file="+file)
 	a.AwaitUp()
 	return a
+}
+
+// StartUncaptured starts an agent that listens on all addresses, as one does that
+// knows nothing of Culvert. Of IPv6 memberlist finds no address to advertise by
+// itself.
+func (h *Host) StartUncaptured(name string, more ...string) *SerfAgent {
+	h.t.Helper()
+	a := &SerfAgent{Name: name, Advertise: h.Addr, host: h, program: Serf(h.t), rpc: "127.0.0.1:7373"}
+	bind := []string{"-bind=0.0.0.0:7946"}
+	if h.Addr.Is6() {
+		bind = []string{"-bind=[::]:7946", "-advertise=" + net.JoinHostPort(h.Addr.String(), "7946")}
+	}
+	a.Process = h.Start("serf-"+name, a.program, append(append([]string{"agent", "-node=" + name, "-rpc-addr=" + a.rpc}, bind...), append([]string{
+		"-event-handler=query:who=echo $SERF_SELF_NAME", "-event-handler=user:told=cat > told", "-log-level=debug",
+	}, more...)...)...)
+	a.AwaitUp()
+	return a
+}
+
+// CommandLine is that of the running agent, as the kernel knows it.
+func (a *SerfAgent) CommandLine() string {
+	a.host.t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", a.PID()))
+	if err != nil {
+		a.host.t.Fatal(err)
+	}
+	return strings.ReplaceAll(strings.TrimRight(string(b), "\x00"), "\x00", " ")
 }
 
 // AwaitUp waits until the agent answers its control address.

@@ -55,32 +55,67 @@ func (n *Network) Guard() *Guard {
 func (g *Guard) Counts() (passed, dropped int) {
 	g.n.t.Helper()
 	for _, s := range g.n.Sites {
-		out, err := s.Gateway.Run("nft", "-j", "list", "counters", "table", "inet", "guard")
-		if err != nil {
-			g.n.t.Fatal(err)
-		}
-		var answer struct {
-			Nftables []struct {
-				Counter *struct {
-					Name    string
-					Packets int
-				}
-			}
-		}
-		if err := json.Unmarshal([]byte(out), &answer); err != nil {
-			g.n.t.Fatalf("counters: %v: %s", err, out)
-		}
-		for _, e := range answer.Nftables {
-			switch {
-			case e.Counter == nil:
-			case e.Counter.Name == "passed":
-				passed += e.Counter.Packets
-			case e.Counter.Name == "dropped":
-				dropped += e.Counter.Packets
+		counts := counters(g.n.t, s.Gateway, "guard")
+		passed += counts["passed"]
+		dropped += counts["dropped"]
+	}
+	return passed, dropped
+}
+
+// counters reads the named counters of a table: their packets.
+func counters(t testing.TB, h *Host, table string) map[string]int {
+	t.Helper()
+	out, err := h.Run("nft", "-j", "list", "counters", "table", "inet", table)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var answer struct {
+		Nftables []struct {
+			Counter *struct {
+				Name    string
+				Packets int
 			}
 		}
 	}
-	return passed, dropped
+	if err := json.Unmarshal([]byte(out), &answer); err != nil {
+		t.Fatalf("counters: %v: %s", err, out)
+	}
+	counts := make(map[string]int)
+	for _, e := range answer.Nftables {
+		if e.Counter != nil {
+			counts[e.Counter.Name] = e.Counter.Packets
+		}
+	}
+	return counts
+}
+
+// NFT runs a command of nft(8) on the host.
+func (h *Host) NFT(rules string) {
+	h.t.Helper()
+	nft(h.t, h, rules)
+}
+
+// Ruleset is the host's whole set of rules, without the tables whose names begin
+// with a prefix.
+func (h *Host) Ruleset(without string) string {
+	h.t.Helper()
+	tables, err := h.Run("nft", "list", "tables")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	var all strings.Builder
+	for line := range strings.Lines(tables) {
+		f := strings.Fields(line) // table, family, name
+		if strings.HasPrefix(f[2], without) {
+			continue
+		}
+		out, err := h.Run("nft", "list", "table", f[1], f[2])
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		all.WriteString(out)
+	}
+	return all.String()
 }
 
 // Cut takes the WAN link down, and Mend brings it up again.

@@ -1,0 +1,103 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"culvert/internal/pipe"
+)
+
+// The time budgets of captured connections.
+const (
+	serverDialTimeout = 5 * time.Second
+	shortestBackoff   = 5 * time.Millisecond
+	longestBackoff    = time.Second
+)
+
+// An acceptor takes connections from any number of listeners, so many at once
+// in all; more wait in the kernel.
+type acceptor struct {
+	log   *zap.Logger
+	slots chan struct{}
+	wg    sync.WaitGroup // the handlers'
+}
+
+func newAcceptor(log *zap.Logger, streams int) *acceptor {
+	return &acceptor{log: log, slots: make(chan struct{}, streams)}
+}
+
+// run hands connections to serve, each in a goroutine of its own, until the
+// listener is closed.
+func (a *acceptor) run(ctx context.Context, ln *net.TCPListener, serve func(*net.TCPConn)) {
+	backoff := shortestBackoff
+	for {
+		c, err := ln.AcceptTCP()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil { // out of descriptors, most likely: others may free some
+			a.log.Error("accept on an endpoint", zap.Stringer("address", ln.Addr()), zap.Error(err))
+			if !wait(ctx, backoff) {
+				return
+			}
+			backoff = min(2*backoff, longestBackoff)
+			continue
+		}
+		backoff = shortestBackoff
+		select {
+		case a.slots <- struct{}{}:
+		case <-ctx.Done():
+			pipe.Abort(c)
+			return
+		}
+		a.wg.Go(func() {
+			defer func() { <-a.slots }()
+			serve(c)
+		})
+	}
+}
+
+// remoteOf is where a captured connection comes from.
+func remoteOf(c *net.TCPConn) netip.Addr { return addrOf(c.RemoteAddr()).Addr() }
+
+func addrOf(a net.Addr) netip.AddrPort {
+	ap := a.(*net.TCPAddr).AddrPort() //nolint:errcheck,forcetypeassert // of a TCP connection
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
+
+// dialServer connects to the local server, from source if it is valid.
+func dialServer(ctx context.Context, services []Service, service string, source netip.Addr) (*net.TCPConn, error) {
+	for _, s := range services {
+		if s.Name != service || s.Packet {
+			continue
+		}
+		d := net.Dialer{Timeout: serverDialTimeout, Control: freebind}
+		if source.IsValid() {
+			d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
+		}
+		c, err := d.DialContext(ctx, "tcp"+family(s.Local.Addr()), s.Local.String())
+		if err != nil {
+			return nil, fmt.Errorf("dial the server: %w", err)
+		}
+		return c.(*net.TCPConn), nil //nolint:errcheck,forcetypeassert // "tcp4" and "tcp6" give nothing else
+	}
+	return nil, fmt.Errorf("dial the server: no stream service %q", service)
+}
+
+func wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

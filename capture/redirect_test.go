@@ -1,0 +1,425 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"culvert/capture/ruleset"
+	"culvert/catalog"
+	"culvert/internal/testnetns"
+)
+
+// These tests change rules of the kernel, in a namespace of their own.
+
+const gossipPort = 7946
+
+// A site is the addresses of one test.
+type site struct {
+	server           netip.Addr
+	bob, carol, dave netip.Addr
+}
+
+func sites(t *testing.T) map[string]site {
+	t.Helper()
+	testnetns.Require(t)
+	a := netip.MustParseAddr
+	return map[string]site{
+		"IPv4": {a("10.1.0.1"), a("10.2.0.1"), a("10.2.0.2"), a("10.2.0.3")},
+		"IPv6": {a("fd01::1"), a("fd02::1"), a("fd02::2"), a("fd02::3")},
+	}
+}
+
+func (s site) wildcard() netip.AddrPort {
+	if s.server.Is6() {
+		return netip.AddrPortFrom(netip.IPv6Unspecified(), gossipPort)
+	}
+	return netip.AddrPortFrom(netip.IPv4Unspecified(), gossipPort)
+}
+
+func (s site) options(h Handler) RedirectOptions {
+	local := netip.AddrPortFrom(s.server, gossipPort)
+	return RedirectOptions{Self: self, Server: s.server, Listen: 8443, Handler: h, Services: []Service{
+		{Name: "gossip-packet", Packet: true, Port: gossipPort, Local: local},
+		{Name: "gossip-stream", Port: gossipPort, Local: local},
+	}}
+}
+
+// A captive is a server on all addresses and a Redirect before it.
+type captive struct {
+	site
+	*Redirect
+	handler *recorder
+	udp     *net.UDPConn
+	tcp     *net.TCPListener
+	stop    func()
+}
+
+func (s site) start(t *testing.T, o RedirectOptions, peers ...catalog.Peer) *captive {
+	t.Helper()
+	c := &captive{site: s, handler: &recorder{packets: make(chan captured, 64)}}
+	lc := net.ListenConfig{}
+	at := s.wildcard()
+	udp, err := lc.ListenPacket(t.Context(), "udp"+family(s.server), at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	tcp, err := lc.Listen(t.Context(), "tcp"+family(s.server), at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.udp, c.tcp = udp.(*net.UDPConn), tcp.(*net.TCPListener)
+	o.Handler = c.handler
+	c.Redirect, err = NewRedirect(peers, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- c.Run(ctx) }()
+	c.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		_, _ = c.udp.Close(), c.tcp.Close()
+	})
+	t.Cleanup(func() {
+		c.stop()
+		if err := c.table.Delete(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+func (c *captive) send(t *testing.T, to netip.Addr, payload string) {
+	t.Helper()
+	if _, err := c.udp.WriteToUDPAddrPort([]byte(payload), netip.AddrPortFrom(to, gossipPort)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (c *captive) wantCaptured(t *testing.T, to catalog.Key, payload string) {
+	t.Helper()
+	select {
+	case got := <-c.handler.packets:
+		if want := (captured{to, "gossip-packet", payload}); got != want {
+			t.Errorf("captured %d bytes to %s, want %d to %s", len(got.payload), got.to, len(payload), to)
+		}
+	case <-time.After(5 * time.Second):
+		t.Errorf("nothing was captured on its way to %s", to)
+	}
+}
+
+func (c *captive) wantReceived(t *testing.T, from netip.Addr, payload string) {
+	t.Helper()
+	_ = c.udp.SetReadDeadline(time.Now().Add(5 * time.Second))
+	buf := make([]byte, 65536)
+	n, src, err := c.udp.ReadFromUDPAddrPort(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := netip.AddrPortFrom(from, gossipPort); string(buf[:n]) != payload || src != want {
+		t.Errorf("the server got %d bytes from %v, want %d from %v", n, src, len(payload), want)
+	}
+}
+
+// dialPeer is the server's own connection to a peer.
+func (c *captive) dialPeer(t *testing.T, to netip.Addr) (string, error) {
+	t.Helper()
+	conn, err := net.DialTimeout("tcp", netip.AddrPortFrom(to, gossipPort).String(), 2*time.Second)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = conn.Close() }()
+	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+	got, err := io.ReadAll(conn)
+	return string(got), err
+}
+
+func TestRedirectCarries(t *testing.T) {
+	for name, s := range sites(t) {
+		t.Run(name, func(t *testing.T) {
+			c := s.start(t, s.options(nil), peer(bob, s.bob), peer(carol, s.carol))
+			for _, size := range []int{1, 1400, 8 << 10, 60000} {
+				payload := strings.Repeat("x", size)
+				c.send(t, s.bob, payload)
+				c.wantCaptured(t, bob, payload)
+				if err := c.Deliver(carol, "gossip-packet", []byte(payload)); err != nil {
+					t.Error(err)
+				}
+				c.wantReceived(t, s.carol, payload)
+			}
+			if got, err := c.dialPeer(t, s.carol); err != nil || got != "to dc2/carol gossip-stream\n" {
+				t.Errorf("a stream to carol: %q, %v", got, err)
+			}
+			for range 2 {
+				conn, err := c.DialServer(t.Context(), bob, "gossip-stream")
+				if err != nil {
+					t.Fatal(err)
+				}
+				accepted, err := c.tcp.AcceptTCP()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if from := remoteOf(accepted); from != c.Status().Endpoints[bob] {
+					t.Errorf("a stream of bob's came from %v, want %v", from, c.Status().Endpoints[bob])
+				}
+				_, _ = conn.Close(), accepted.Close()
+			}
+			if err := c.Deliver(catalog.Key{Datacenter: "dc2", Node: "eve"}, "gossip-packet", nil); err != ErrNoEndpoint {
+				t.Errorf("a packet of a stranger's: %v", err)
+			}
+			if err := c.Deliver(bob, "gossip-stream", nil); err != ErrNoEndpoint {
+				t.Errorf("a packet for a stream service: %v", err)
+			}
+			if st := c.Status(); st.Blocked != "" || st.Table != "culvert_8443" || len(st.Lost) != 0 {
+				t.Errorf("status %+v", st)
+			}
+		})
+	}
+}
+
+// Peers come, move and go under one who stays.
+func TestRedirectFollowsTheCatalog(t *testing.T) {
+	for name, s := range sites(t) {
+		t.Run(name, func(t *testing.T) {
+			c := s.start(t, s.options(nil), peer(bob, s.bob), peer(carol, s.carol))
+			before := c.Status().Endpoints
+			sibling := catalog.Key{Datacenter: self.Datacenter, Node: "amy"}
+			set := func(peers ...catalog.Peer) {
+				t.Helper()
+				if err := c.Set(peers); err != nil {
+					t.Fatal(err)
+				}
+				c.send(t, s.bob, "to bob")
+				c.wantCaptured(t, bob, "to bob")
+			}
+			wantLost := func(want map[netip.Addr]string) {
+				t.Helper()
+				if got := c.Status().Lost; !maps.Equal(got, want) {
+					t.Errorf("refused: %v, want %v", got, want)
+				}
+				for at := range want {
+					if _, err := c.dialPeer(t, at); !errors.Is(err, syscall.ECONNREFUSED) {
+						t.Errorf("a stream to %v: %v, want refused", at, err)
+					}
+				}
+			}
+			set(peer(bob, s.bob), peer(carol, s.dave)) // carol moves
+			c.send(t, s.dave, "to carol")
+			c.wantCaptured(t, carol, "to carol")
+			if now := c.Status().Endpoints; !maps.Equal(now, before) {
+				t.Errorf("endpoints %v, before %v", now, before)
+			}
+			wantLost(map[netip.Addr]string{s.carol: "dc2/carol"})
+			set(peer(bob, s.bob)) // and leaves
+			wantLost(map[netip.Addr]string{s.carol: "dc2/carol", s.dave: "dc2/carol"})
+			set(peer(bob, s.bob), peer(sibling, s.dave)) // its address is a sibling's now
+			wantLost(map[netip.Addr]string{s.carol: "dc2/carol"})
+			set(peer(bob, s.bob), peer(carol, s.carol)) // it comes back
+			wantLost(map[netip.Addr]string{})
+
+			bad := peer(carol, s.server)
+			if err := c.Set([]catalog.Peer{bad}); err == nil {
+				t.Error("a peer with this host's address was taken")
+			}
+			c.send(t, s.bob, "still")
+			c.wantCaptured(t, bob, "still")
+		})
+	}
+}
+
+// After its end a sidecar's peers are refused until the next one takes over,
+// which finds what the last one knew. Who says open lets them go.
+func TestRedirectFailsClosed(t *testing.T) {
+	s := sites(t)["IPv4"]
+	first := s.start(t, s.options(nil), peer(bob, s.bob), peer(carol, s.carol))
+	if err := first.Set([]catalog.Peer{peer(bob, s.bob)}); err != nil {
+		t.Fatal(err)
+	}
+	endpoint := first.Status().Endpoints[bob]
+	first.stop()
+	for _, to := range []netip.Addr{s.bob, s.carol} {
+		if _, err := first.dialPeer(t, to); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("a stream to %v after the stop: %v, want refused", to, err)
+		}
+	}
+	second := s.start(t, s.options(nil), peer(bob, s.bob))
+	second.send(t, s.bob, "again")
+	second.wantCaptured(t, bob, "again")
+	if st := second.Status(); st.Endpoints[bob] != endpoint || st.Lost[s.carol] != "dc2/carol" {
+		t.Errorf("after the restart: %+v, want endpoint %v and carol refused", st, endpoint)
+	}
+	second.stop()
+
+	o := s.options(nil)
+	o.Open = true
+	third := s.start(t, o, peer(bob, s.bob))
+	if st := third.Status(); len(st.Lost) != 0 {
+		t.Errorf("refused with on_exit open: %v", st.Lost)
+	}
+	if err := third.Set(nil); err != nil || len(third.Status().Lost) != 0 {
+		t.Errorf("a peer that left is refused with on_exit open: %v, %v", third.Status().Lost, err)
+	}
+	third.stop()
+	if _, err := third.table.Read(); !errors.Is(err, ruleset.ErrNoTable) {
+		t.Errorf("after a stop with on_exit open: %v, want no table", err)
+	}
+}
+
+// Rules that somebody else takes away come back; an address that the operator
+// lets go stays so.
+func TestRedirectRepairs(t *testing.T) {
+	s := sites(t)["IPv4"]
+	o := s.options(nil)
+	o.Metrics = NewMetrics(prometheus.NewRegistry())
+	c := s.start(t, o, peer(bob, s.bob), peer(carol, s.carol))
+	if err := c.Set([]catalog.Peer{peer(bob, s.bob)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.table.Delete(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the table is made anew", func() bool {
+		_, err := c.table.Read()
+		return err == nil && testutil.ToFloat64(o.Metrics.repairs) == 1
+	})
+	c.send(t, s.bob, "x")
+	c.wantCaptured(t, bob, "x")
+	found, err := c.table.Read()
+	if err != nil || found.Lost[s.carol] != "dc2/carol" {
+		t.Fatalf("made anew as %+v, %v", found, err)
+	}
+	let := ruleset.State{Peers: found.Peers}
+	if err := c.table.Change(found, let); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the address is let go", func() bool { return len(c.Status().Lost) == 0 })
+	if n := testutil.ToFloat64(o.Metrics.repairs); n != 1 {
+		t.Errorf("%v repairs, want 1", n)
+	}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); !ok(); <-time.After(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 5 s: %s", what)
+		}
+	}
+}
+
+func TestRedirectTellsWhyNot(t *testing.T) {
+	s := sites(t)["IPv4"]
+	for what, c := range map[string]struct {
+		spoil func(*RedirectOptions)
+		peers []catalog.Peer
+		want  string
+	}{
+		"a loopback server":        {func(o *RedirectOptions) { o.Server = netip.MustParseAddr("127.0.0.1") }, nil, "127.0.0.1 is no address that peers could know"},
+		"a wildcard server":        {func(o *RedirectOptions) { o.Server = netip.IPv4Unspecified() }, nil, "0.0.0.0 is no address that peers could know"},
+		"somebody else's address":  {func(o *RedirectOptions) { o.Server = s.bob }, nil, "10.2.0.1 is not an address of this host"},
+		"this host as a peer":      {nil, []catalog.Peer{peer(bob, s.server)}, "dc2/bob at 10.1.0.1: the address is this host's own"},
+		"a virtual address":        {nil, []catalog.Peer{peer(bob, bobAddr)}, "no server of another datacenter can have this address"},
+		"one address for two":      {nil, []catalog.Peer{peer(bob, s.bob), peer(carol, s.bob)}, "dc2/carol at 10.2.0.1: peer dc2/bob has the same address"},
+		"an address of IPv6":       {nil, []catalog.Peer{peer(bob, netip.MustParseAddr("fd02::1"))}, "IPv4 and IPv6"},
+		"a peer without a route":   {nil, []catalog.Peer{peer(bob, netip.MustParseAddr("240.0.0.1"))}, ""},
+		"no listen port":           {func(o *RedirectOptions) { o.Listen = 0 }, nil, "Listen is required"},
+		"no services":              {func(o *RedirectOptions) { o.Services = nil }, nil, "Services is required"},
+		"less than no connections": {func(o *RedirectOptions) { o.MaxStreams = -1 }, nil, "MaxStreams is -1"},
+	} {
+		if c.want == "" {
+			continue
+		}
+		o := s.options(&recorder{})
+		if c.spoil != nil {
+			c.spoil(&o)
+		}
+		r, err := NewRedirect(c.peers, o)
+		if err == nil {
+			r.Close()
+		}
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", what, err, c.want)
+		}
+		if _, err := ruleset.New(ruleset.Spec{Listen: o.Listen}).Read(); !errors.Is(err, ruleset.ErrNoTable) {
+			t.Errorf("%s left a table: %v", what, err)
+		}
+	}
+}
+
+// Of two sidecars with one listen port the second is told.
+func TestRedirectHasOneOwner(t *testing.T) {
+	s := sites(t)["IPv4"]
+	c := s.start(t, s.options(nil), peer(bob, s.bob))
+	if !ruleset.IsHeld(8443) || ruleset.IsHeld(8444) {
+		t.Errorf("owned: %v and %v, want the first", ruleset.IsHeld(8443), ruleset.IsHeld(8444))
+	}
+	if _, err := NewRedirect(nil, s.options(&recorder{})); err == nil || !strings.Contains(err.Error(), "a running sidecar holds this table") {
+		t.Errorf("a second sidecar with the same listen port: %v", err)
+	}
+	c.stop()
+	if ruleset.IsHeld(8443) {
+		t.Error("owned after the stop")
+	}
+}
+
+// An endpoint's address follows from its peer's name, whoever else there is, as
+// long as two names do not meet; and then nobody's is another's.
+func TestEndpointAddresses(t *testing.T) {
+	for _, v6 := range []bool{false, true} {
+		spec := ruleset.Spec{V6: v6}
+		var peers []catalog.Peer
+		for i := range 5000 {
+			peers = append(peers, catalog.Peer{Key: catalog.Key{Datacenter: "dc2", Node: fmt.Sprintf("n%d", i)}})
+		}
+		all := assign(peers, ruleset.State{}, v6)
+		owners := make(map[netip.Addr]catalog.Key)
+		moved := 0
+		for key, at := range all {
+			if other, taken := owners[at]; taken || !spec.Range().Contains(at) {
+				t.Fatalf("%s has %v, within %v, and so has %v", key, at, spec.Range(), other)
+			}
+			owners[at] = key
+			if alone := assign([]catalog.Peer{{Key: key}}, ruleset.State{}, v6); alone[key] != at {
+				moved++
+			}
+		}
+		if v6 && moved > 0 || moved > 500 {
+			t.Errorf("%d of 5000 had to move", moved)
+		}
+		// Who has one keeps it, though it would get another.
+		odd := spec.Range().Addr().Next()
+		old := ruleset.State{Peers: map[netip.Addr]ruleset.Peer{bobAddr: {Endpoint: odd, Name: "dc2/n7"}}}
+		if got := assign(peers, old, v6)[peers[7].Key]; got != odd {
+			t.Errorf("a peer with an endpoint got %v, had %v", got, odd)
+		}
+	}
+}
+
+func TestEndpointPorts(t *testing.T) {
+	for service, want := range map[uint16]uint16{7946: 17946, 8300: 18300, 55535: 65535, 55536: 1024, 65535: 11023} {
+		if got := endpointPorts(service); got[0] != want {
+			t.Errorf("port %d: %v, want %d first", service, got, want)
+		}
+		for _, p := range endpointPorts(service) {
+			if p < 1024 || p == service {
+				t.Errorf("port %d: %d is among %v", service, p, endpointPorts(service))
+			}
+		}
+	}
+}

@@ -1,0 +1,74 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"time"
+
+	"go.uber.org/zap"
+
+	"culvert/catalog"
+	"culvert/internal/pipe"
+)
+
+// servePackets reads what is sent to a service of any peer until the socket is
+// closed.
+func (r *Redirect) servePackets(ctx context.Context, s *redirectSocket) {
+	for {
+		n, err := s.batch.next()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			// The error of a datagram sent earlier, as a rule: the socket lives.
+			if !wait(ctx, shortestBackoff) {
+				return
+			}
+			continue
+		}
+		owners := r.routes.Load().owners
+		for i := range n {
+			payload, from, endpoint := s.batch.at(i)
+			r.takePacket(s, owners, payload, from, endpoint)
+		}
+	}
+}
+
+func (r *Redirect) takePacket(s *redirectSocket, owners map[netip.Addr]catalog.Key, payload []byte, from netip.AddrPort, endpoint netip.Addr) {
+	to, ok := owners[endpoint]
+	switch {
+	case !ok, !r.local.contains(from.Addr()):
+		r.stray(s, from.Addr(), endpoint)
+	case r.probed.expects(from):
+		_, _, _ = s.udp.WriteMsgUDPAddrPort(payload, sourceControl(endpoint), from) // lost like any datagram
+	default:
+		r.o.Handler.Packet(to, s.service.Name, payload)
+	}
+}
+
+// serveStream serves one connection to a service of whatever peer it was for.
+func (r *Redirect) serveStream(ctx context.Context, s *redirectSocket, c *net.TCPConn) {
+	endpoint := addrOf(c.LocalAddr()).Addr()
+	to, ok := r.routes.Load().owners[endpoint]
+	switch {
+	case !ok, !r.local.contains(remoteOf(c)):
+		r.stray(s, remoteOf(c), endpoint)
+		pipe.Abort(c)
+	case r.probed.expects(addrOf(c.RemoteAddr())):
+		_ = c.Close()
+	default:
+		r.o.Handler.Stream(ctx, to, s.service.Name, c)
+	}
+}
+
+// stray notes what came to the port of a service's endpoints and not by way of
+// the rules: for none of them, or from another host.
+func (r *Redirect) stray(s *redirectSocket, from, to netip.Addr) {
+	r.o.Metrics.countRefused(s.service.Packet)
+	if r.warned.allow(time.Now()) {
+		r.log.Warn("refused what was not for an endpoint", zap.Stringer("remote", from), zap.Stringer("to", to),
+			zap.Uint16("port", s.port), zap.String("service", s.service.Name))
+	}
+}
