@@ -58,13 +58,14 @@ func (r *Redirect) plan(peers []catalog.Peer, old ruleset.State) (ruleset.State,
 	}
 	endpoints := assign(captured, old, r.o.Server.Is6())
 	for _, p := range captured {
-		next.Peers[p.Advertise] = ruleset.Peer{Endpoint: endpoints[p.Key], Name: p.String()}
+		next.Peers[p.Advertise] = ruleset.Peer{Endpoint: endpoints[p.Key], Name: ruleset.Label(p.String())}
 	}
 	if r.o.Open {
 		return next, nil
 	}
 	lose := func(at netip.Addr, name string) {
-		if _, taken := owners[at]; !taken && !plain[at] {
+		// What a sidecar of the other family has left is not this one's to keep.
+		if _, taken := owners[at]; !taken && !plain[at] && at.Is4() == r.o.Server.Is4() {
 			next.Lost[at] = name
 		}
 	}
@@ -123,7 +124,9 @@ func (r *Redirect) checkPeer(routes *iproute.Asker, p catalog.Peer) error {
 func assign(peers []catalog.Peer, old ruleset.State, v6 bool) map[catalog.Key]netip.Addr {
 	has := make(map[string]netip.Addr, len(old.Peers))
 	for _, p := range old.Peers {
-		has[p.Name] = p.Endpoint
+		if p.Endpoint.Is6() == v6 {
+			has[p.Name] = p.Endpoint
+		}
 	}
 	keys := make([]catalog.Key, 0, len(peers))
 	for _, p := range peers {
@@ -133,7 +136,7 @@ func assign(peers []catalog.Peer, old ruleset.State, v6 bool) map[catalog.Key]ne
 	endpoints := make(map[catalog.Key]netip.Addr, len(peers))
 	taken := make(map[netip.Addr]bool, len(peers))
 	for _, key := range keys {
-		if at, ok := has[key.String()]; ok && !taken[at] {
+		if at, ok := has[ruleset.Label(key.String())]; ok && !taken[at] {
 			endpoints[key], taken[at] = at, true
 		}
 	}

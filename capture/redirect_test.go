@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"os/exec"
 	"strings"
 	"sync"
 	"syscall"
@@ -314,6 +315,44 @@ func TestRedirectRepairs(t *testing.T) {
 	}
 }
 
+// A name that is longer than the kernel keeps is no change by others.
+func TestRedirectKeepsLongNames(t *testing.T) {
+	s := sites(t)["IPv4"]
+	o := s.options(nil)
+	o.Metrics = NewMetrics(prometheus.NewRegistry())
+	long := catalog.Key{Datacenter: "dc2", Node: strings.Repeat("n.", 120) + "n"}
+	c := s.start(t, o, peer(long, s.bob))
+	c.send(t, s.bob, "x")
+	c.wantCaptured(t, long, "x")
+	if err := c.Set([]catalog.Peer{peer(long, s.carol)}); err != nil {
+		t.Fatal(err)
+	}
+	c.repair()
+	if n := testutil.ToFloat64(o.Metrics.repairs); n != 0 {
+		t.Errorf("%v repairs", n)
+	}
+}
+
+// A server that changes from one family to the other finds a table of the old.
+func TestRedirectChangesFamily(t *testing.T) {
+	all := sites(t)
+	for _, names := range [][2]string{{"IPv4", "IPv6"}, {"IPv6", "IPv4"}} {
+		old, now := all[names[0]], all[names[1]]
+		first := old.start(t, old.options(nil), peer(bob, old.bob), peer(carol, old.carol))
+		if err := first.Set([]catalog.Peer{peer(bob, old.bob)}); err != nil {
+			t.Fatal(err)
+		}
+		first.stop()
+		second := now.start(t, now.options(nil), peer(bob, now.bob))
+		second.send(t, now.bob, "x")
+		second.wantCaptured(t, bob, "x")
+		if lost := second.Status().Lost; len(lost) != 0 {
+			t.Errorf("from %s to %s: refused %v", names[0], names[1], lost)
+		}
+		second.stop()
+	}
+}
+
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); !ok(); <-time.After(10 * time.Millisecond) {
@@ -337,14 +376,10 @@ func TestRedirectTellsWhyNot(t *testing.T) {
 		"a virtual address":        {nil, []catalog.Peer{peer(bob, bobAddr)}, "no server of another datacenter can have this address"},
 		"one address for two":      {nil, []catalog.Peer{peer(bob, s.bob), peer(carol, s.bob)}, "dc2/carol at 10.2.0.1: peer dc2/bob has the same address"},
 		"an address of IPv6":       {nil, []catalog.Peer{peer(bob, netip.MustParseAddr("fd02::1"))}, "IPv4 and IPv6"},
-		"a peer without a route":   {nil, []catalog.Peer{peer(bob, netip.MustParseAddr("240.0.0.1"))}, ""},
 		"no listen port":           {func(o *RedirectOptions) { o.Listen = 0 }, nil, "Listen is required"},
 		"no services":              {func(o *RedirectOptions) { o.Services = nil }, nil, "Services is required"},
 		"less than no connections": {func(o *RedirectOptions) { o.MaxStreams = -1 }, nil, "MaxStreams is -1"},
 	} {
-		if c.want == "" {
-			continue
-		}
 		o := s.options(&recorder{})
 		if c.spoil != nil {
 			c.spoil(&o)
@@ -359,6 +394,28 @@ func TestRedirectTellsWhyNot(t *testing.T) {
 		if _, err := ruleset.New(ruleset.Spec{Listen: o.Listen}).Read(); !errors.Is(err, ruleset.ErrNoTable) {
 			t.Errorf("%s left a table: %v", what, err)
 		}
+	}
+}
+
+// Without any route the kernel refuses the server's packets before a rule sees
+// them: the operator is told, and what would help.
+func TestRedirectWantsARoute(t *testing.T) {
+	s := sites(t)["IPv4"]
+	route := func(do string) {
+		t.Helper()
+		if out, err := exec.CommandContext(t.Context(), "ip", "route", do, "default", "via", "10.1.0.254").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	route("del")
+	r, err := NewRedirect([]catalog.Peer{peer(bob, s.bob)}, s.options(&recorder{}))
+	route("add")
+	if err == nil {
+		r.Close()
+	}
+	fault, ok := errors.AsType[*PeerError](err)
+	if !ok || !strings.Contains(err.Error(), "no route") || !strings.Contains(fault.Hint(), "ip route add 10.2.0.1/32") {
+		t.Errorf("%v", err)
 	}
 }
 

@@ -25,9 +25,6 @@ const (
 	// chunk is how many elements go into one message, whose attributes may be
 	// 64 KiB long together.
 	chunk = 100
-	// maxComment is the longest comment of an element, in bytes (NFTNL_UDATA's
-	// length is one byte, its own end included).
-	maxComment = 127
 )
 
 var (
@@ -304,8 +301,7 @@ func difference(a, b map[netip.Addr]element) []nftables.SetElement {
 		if other, there := b[key]; there && other == a[key] {
 			continue
 		}
-		name := a[key].name
-		d = append(d, nftables.SetElement{Key: key.AsSlice(), Val: a[key].value.AsSlice(), Comment: name[:min(len(name), maxComment)]})
+		d = append(d, nftables.SetElement{Key: key.AsSlice(), Val: a[key].value.AsSlice(), Comment: Label(a[key].name)})
 	}
 	return d
 }

@@ -76,7 +76,13 @@ type Peer struct {
 	Name     string     // for whoever reads the table: datacenter/node
 }
 
-// A State is the elements of a table.
+// MaxName is how long a name may be, in bytes: that of a comment in nftables.
+const MaxName = 127
+
+// Label is a name as far as the kernel keeps it.
+func Label(name string) string { return name[:min(len(name), MaxName)] }
+
+// A State is the elements of a table. Names are [Label]s.
 type State struct {
 	Peers map[netip.Addr]Peer   // by advertised address
 	Lost  map[netip.Addr]string // names, by address

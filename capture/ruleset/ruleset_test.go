@@ -95,6 +95,23 @@ func TestNames(t *testing.T) {
 	}
 }
 
+// What the kernel refuses is told in terms of what is missing.
+func TestErrorsAreTold(t *testing.T) {
+	for errno, want := range map[syscall.Errno]error{
+		syscall.EPERM: ErrPermission, syscall.EPROTONOSUPPORT: ErrUnsupported, syscall.EOPNOTSUPP: ErrUnsupported, syscall.EBUSY: syscall.EBUSY,
+	} {
+		err := plain(fmt.Errorf("netlink: %w", errno))
+		if !errors.Is(err, want) {
+			t.Errorf("%v is told as %v, want %v", errno, err, want)
+		}
+	}
+	for _, err := range []error{ErrPermission, ErrUnsupported, ErrHeld} {
+		if h, ok := errors.AsType[*hinted](err); !ok || h.Hint() == "" {
+			t.Errorf("%v has no remedy", err)
+		}
+	}
+}
+
 func TestStateIsKept(t *testing.T) {
 	for name, f := range families(t) {
 		t.Run(name, func(t *testing.T) {
