@@ -31,7 +31,7 @@ demo: build serf ## Two datacenters on loopback: STAY=1 keeps them, BREAK=gatewa
 	@$(GO) run ./test/demo --culvert $(BIN)/culvert --serf $(CACHE)/bin/serf $(if $(BREAK),--break $(BREAK)) $(if $(STAY),--stay)
 
 .PHONY: test
-test: e2e-tools serf race-note ## Every test, end-to-end tests included (root and iproute2; CULVERT_E2E=require fails where they are missing)
+test: e2e-tools serf race-note root-note ## Every test, end-to-end tests included (root and iproute2; CULVERT_E2E=require fails where they are missing)
 	@$(GO) test $(RACE) -shuffle=on -timeout 10m $(RUNFLAGS) $$($(GO) list ./... | grep -v '^culvert/test$$')
 	@mkdir -p $(CACHE) && rm -f $(SUMMARY)
 	@CULVERT_E2E_SUMMARY=$(SUMMARY) $(GO) test $(RACE) -shuffle=on -timeout 20m -count=1 $(RUNFLAGS) ./test; status=$$?; cat $(SUMMARY); exit $$status
@@ -49,6 +49,10 @@ e2e-tools:
 .PHONY: race-note
 race-note:
 	@$(if $(RACE),true,echo "no C compiler: tests run without the race detector")
+
+.PHONY: root-note
+root-note:
+	@[ "$$(id -u)" = 0 ] || echo "not root: tests that change the kernel's rules or routes in a namespace of their own are skipped"
 
 .PHONY: check
 check: RACE := -race
