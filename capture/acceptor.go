@@ -34,8 +34,9 @@ func newAcceptor(log *zap.Logger, streams int) *acceptor {
 }
 
 // run hands connections to serve, each in a goroutine of its own, until the
-// listener is closed.
-func (a *acceptor) run(ctx context.Context, ln *net.TCPListener, serve func(*net.TCPConn)) {
+// listener is closed. Those that own says it has taken need no slot; it must not
+// block, and nil takes none.
+func (a *acceptor) run(ctx context.Context, ln *net.TCPListener, own func(*net.TCPConn) bool, serve func(*net.TCPConn)) {
 	backoff := shortestBackoff
 	for {
 		c, err := ln.AcceptTCP()
@@ -51,6 +52,9 @@ func (a *acceptor) run(ctx context.Context, ln *net.TCPListener, serve func(*net
 			continue
 		}
 		backoff = shortestBackoff
+		if own != nil && own(c) {
+			continue
+		}
 		select {
 		case a.slots <- struct{}{}:
 		case <-ctx.Done():
@@ -63,6 +67,9 @@ func (a *acceptor) run(ctx context.Context, ln *net.TCPListener, serve func(*net
 		})
 	}
 }
+
+// full tells whether a connection would have to wait.
+func (a *acceptor) full() bool { return len(a.slots) == cap(a.slots) }
 
 // remoteOf is where a captured connection comes from.
 func remoteOf(c *net.TCPConn) netip.Addr { return addrOf(c.RemoteAddr()).Addr() }

@@ -214,7 +214,7 @@ func (b *Bind) start(e *endpoint) {
 		return
 	}
 	b.wg.Go(func() {
-		b.accept.run(ctx, e.tcp, func(c *net.TCPConn) { b.serveStream(ctx, e, c) })
+		b.accept.run(ctx, e.tcp, nil, func(c *net.TCPConn) { b.serveStream(ctx, e, c) })
 	})
 }
 

@@ -36,7 +36,7 @@ func (e *PeerError) Hint() string { return e.Remedy }
 // nobody's now is refused; one that a sibling has now is not.
 func (r *Redirect) plan(peers []catalog.Peer, old ruleset.State) (ruleset.State, error) {
 	next := ruleset.State{Peers: make(map[netip.Addr]ruleset.Peer), Lost: make(map[netip.Addr]string)}
-	plain := make(map[netip.Addr]bool)
+	plain := map[netip.Addr]bool{r.o.Server: true}
 	var captured []catalog.Peer
 	for _, p := range peers {
 		if p.Datacenter == r.o.Self.Datacenter {
@@ -124,7 +124,7 @@ func (r *Redirect) checkPeer(routes *iproute.Asker, p catalog.Peer) error {
 func assign(peers []catalog.Peer, old ruleset.State, v6 bool) map[catalog.Key]netip.Addr {
 	has := make(map[string]netip.Addr, len(old.Peers))
 	for _, p := range old.Peers {
-		if p.Endpoint.Is6() == v6 {
+		if (ruleset.Spec{V6: v6}).Range().Contains(p.Endpoint) {
 			has[p.Name] = p.Endpoint
 		}
 	}

@@ -1,6 +1,7 @@
 package capture
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -86,12 +87,14 @@ type Redirect struct {
 
 	sockets []*redirectSocket
 	routes  atomic.Pointer[redirectRoutes] // what the data path reads; replaced whole
-	probed  prober
+	probed  *prober
 
-	mu     sync.Mutex
-	state  ruleset.State // what the kernel should hold
-	ran    bool
-	closed bool
+	mu         sync.Mutex
+	state      ruleset.State // what the kernel should hold
+	generation int           // of state
+	trouble    string        // why the kernel does not hold it
+	ran        bool
+	closed     bool
 }
 
 // A redirectSocket is where one service of all peers is taken.
@@ -128,7 +131,7 @@ func NewRedirect(peers []catalog.Peer, o RedirectOptions) (_ *Redirect, err erro
 	if err := checkServer(o.Server); err != nil {
 		return nil, err
 	}
-	r := &Redirect{o: o, log: o.Log.Named("capture"), accept: newAcceptor(o.Log.Named("capture"), o.MaxStreams), local: localAddrs{known: []netip.Addr{o.Server}}}
+	r := &Redirect{o: o, log: o.Log.Named("capture"), accept: newAcceptor(o.Log.Named("capture"), o.MaxStreams), local: localAddrs{known: []netip.Addr{o.Server}}, probed: newProber()}
 	r.lock, err = ruleset.Hold(o.Listen)
 	if err != nil {
 		return nil, err
@@ -138,6 +141,9 @@ func NewRedirect(peers []catalog.Peer, o RedirectOptions) (_ *Redirect, err erro
 			r.giveUp()
 		}
 	}()
+	if err := r.checkOthers(); err != nil {
+		return nil, err
+	}
 	if err := r.openSockets(); err != nil {
 		return nil, err
 	}
@@ -179,6 +185,37 @@ func checkServer(a netip.Addr) error {
 	}
 }
 
+// checkOthers tells whether another sidecar's table takes one of the ports: rules
+// tell servers apart by their ports, not by their addresses.
+func (r *Redirect) checkOthers() error {
+	tables, err := ruleset.Tables()
+	if err != nil {
+		return err
+	}
+	for _, port := range tables {
+		t, err := ruleset.Find(port)
+		if errors.Is(err, ruleset.ErrNoTable) || err == nil && (port == r.o.Listen || t.V6() != r.o.Server.Is6()) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		taken, err := t.Services()
+		if err != nil {
+			return err
+		}
+		for _, s := range r.o.Services {
+			if slices.Contains(taken, ruleset.Port{Packet: s.Packet, Service: s.Port}) {
+				return &hinted{
+					fmt.Errorf("service %q (%s port %d) is captured by table %s already", s.Name, s.network(), s.Port, t.Name()),
+					"one server of a host can be captured for a port; if that table is of a sidecar that is none any more, `culvert capture clear --table " + t.Name() + "`",
+				}
+			}
+		}
+	}
+	return nil
+}
+
 // hinted is an error with a remedy.
 type hinted struct {
 	error
@@ -194,9 +231,13 @@ func (e *hinted) Unwrap() error { return e.error }
 // something comes. Binding them to the loopback interface would do for IPv4 alone:
 // IPv6 finds no way from there to an address of another interface.
 func (r *Redirect) openSockets() error {
+	taken := make(map[uint16]bool)
+	for _, s := range r.o.Services {
+		taken[s.Port], taken[s.Local.Port()] = true, true
+	}
 	for _, s := range r.o.Services {
 		var err error
-		for _, port := range endpointPorts(s.Port) {
+		for _, port := range endpointPorts(s.Port, taken) {
 			at := netip.AddrPortFrom(netip.IPv4Unspecified(), port)
 			if r.o.Server.Is6() {
 				at = netip.AddrPortFrom(netip.IPv6Unspecified(), port)
@@ -223,12 +264,14 @@ func (r *Redirect) openSockets() error {
 }
 
 // endpointPorts are the ports to try for a service's endpoint: 10000 further on,
-// where that is free.
-func endpointPorts(service uint16) []uint16 {
+// where that is free and not the server's own.
+func endpointPorts(service uint16, taken map[uint16]bool) []uint16 {
 	const shift, tries, lowest, all = 10000, 6, 1024, 1<<16 - 1024
 	ports := make([]uint16, 0, tries)
 	for i := 1; i <= tries; i++ {
-		ports = append(ports, uint16((int(service)+all-lowest+i*shift)%all+lowest))
+		if p := uint16((int(service)+all-lowest+i*shift)%all + lowest); !taken[p] {
+			ports = append(ports, p)
+		}
 	}
 	return ports
 }
@@ -270,6 +313,7 @@ func (r *Redirect) use(s ruleset.State, peers []catalog.Peer) {
 		routes.endpoints[p.Key] = redirectEndpoint{e.Endpoint, sourceControl(e.Endpoint)}
 	}
 	r.state = s
+	r.generation++
 	r.routes.Store(routes)
 	r.o.Metrics.setEndpoints(len(s.Peers))
 	r.o.Metrics.setLost(len(s.Lost))
@@ -332,7 +376,7 @@ func (r *Redirect) Run(ctx context.Context) error {
 			continue
 		}
 		r.wg.Go(func() {
-			r.accept.run(ctx, s.tcp, func(c *net.TCPConn) { r.serveStream(ctx, s, c) })
+			r.accept.run(ctx, s.tcp, r.takeProbe, func(c *net.TCPConn) { r.serveStream(ctx, s, c) })
 		})
 	}
 	r.guard(ctx)
@@ -377,7 +421,7 @@ type RedirectStatus struct {
 	Table     string                     // in the kernel
 	Endpoints map[catalog.Key]netip.Addr // of the captured peers
 	Lost      map[netip.Addr]string      // refused; the names are those of the peers that had the addresses
-	Blocked   string                     // why the host keeps the server and its endpoints apart; "" if it does not
+	Blocked   string                     // what keeps the server and its endpoints apart: the host's firewall, or the lack of rules; "" for nothing
 }
 
 // Status returns what is captured.
@@ -385,7 +429,7 @@ func (r *Redirect) Status() RedirectStatus {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	st := RedirectStatus{
-		Table: r.table.Name(), Lost: maps.Clone(r.state.Lost), Blocked: r.probed.verdict(),
+		Table: r.table.Name(), Lost: maps.Clone(r.state.Lost), Blocked: cmp.Or(r.trouble, r.probed.result()),
 		Endpoints: make(map[catalog.Key]netip.Addr),
 	}
 	for key, e := range r.routes.Load().endpoints {

@@ -435,6 +435,111 @@ func TestRedirectHasOneOwner(t *testing.T) {
 	}
 }
 
+// Rules tell servers apart by their ports: a second one with the same is refused,
+// whether its sidecar runs or has left its table.
+func TestRedirectTakesAPortOnce(t *testing.T) {
+	s := sites(t)["IPv4"]
+	c := s.start(t, s.options(nil), peer(bob, s.bob))
+	second := s.options(&recorder{})
+	second.Listen = 8444
+	for range 2 {
+		if _, err := NewRedirect(nil, second); err == nil || !strings.Contains(err.Error(), "is captured by table culvert_8443 already") {
+			t.Errorf("a second sidecar for the same ports: %v", err)
+		}
+		c.stop()
+	}
+	for i := range second.Services {
+		second.Services[i].Port++
+	}
+	r, err := NewRedirect(nil, second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	if err := r.table.Delete(); err != nil {
+		t.Error(err)
+	}
+}
+
+// The host's own address is never refused, whoever had it before.
+func TestRedirectNeverRefusesTheServer(t *testing.T) {
+	s := sites(t)["IPv4"]
+	left := ruleset.New(ruleset.Spec{Listen: 8443, Ports: []ruleset.Port{{Packet: true, Service: gossipPort, Endpoint: 17946}}})
+	was := ruleset.State{
+		Peers: map[netip.Addr]ruleset.Peer{s.server: {Endpoint: netip.MustParseAddr("127.200.0.1"), Name: "dc2/old"}},
+		Lost:  map[netip.Addr]string{s.dave: "dc2/dave"},
+	}
+	if err := left.Replace(was); err != nil {
+		t.Fatal(err)
+	}
+	c := s.start(t, s.options(nil), peer(bob, s.bob))
+	if lost := c.Status().Lost; len(lost) != 1 || lost[s.dave] == "" {
+		t.Errorf("refused: %v, want dave's address alone", lost)
+	}
+}
+
+// A sidecar with all its places taken is no firewall in the way, and no probe of
+// its own becomes a stream of the server's.
+func TestProbesBesideAFullHouse(t *testing.T) {
+	s := sites(t)["IPv4"]
+	h := &holding{recorder: recorder{packets: make(chan captured, 64)}, streams: make(chan string, 64), release: make(chan struct{})}
+	o := s.options(h)
+	o.MaxStreams = 2
+	r, err := NewRedirect([]catalog.Peer{peer(bob, s.bob)}, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	defer func() {
+		cancel()
+		<-done
+		_ = r.table.Delete()
+	}()
+	var held []net.Conn
+	for range 3 { // one waits
+		c, err := net.DialTimeout("tcp", netip.AddrPortFrom(s.bob, gossipPort).String(), 2*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, c)
+	}
+	eventually(t, "two streams are served", func() bool { return len(h.streams) == 2 })
+	for range 3 {
+		if err := r.probe(ctx); err != nil {
+			t.Errorf("with all places taken: %v", err)
+		}
+	}
+	close(h.release)
+	for _, c := range held {
+		_ = c.Close()
+	}
+	eventually(t, "the one that waited is served", func() bool { return len(h.streams) == 3 })
+	if err := r.probe(ctx); err != nil {
+		t.Errorf("with places free: %v", err)
+	}
+	if len(h.streams) != 3 || len(h.packets) != 0 {
+		t.Errorf("%d streams and %d packets for bob, want the three streams", len(h.streams), len(h.packets))
+	}
+}
+
+// holding is a handler that keeps streams until it is told to end them.
+type holding struct {
+	recorder
+	streams chan string
+	release chan struct{}
+}
+
+func (h *holding) Stream(ctx context.Context, _ catalog.Key, _ string, c *net.TCPConn) {
+	h.streams <- c.RemoteAddr().String()
+	select {
+	case <-h.release:
+	case <-ctx.Done():
+	}
+	_ = c.Close()
+}
+
 // An endpoint's address follows from its peer's name, whoever else there is, as
 // long as two names do not meet; and then nobody's is another's.
 func TestEndpointAddresses(t *testing.T) {
@@ -470,13 +575,17 @@ func TestEndpointAddresses(t *testing.T) {
 
 func TestEndpointPorts(t *testing.T) {
 	for service, want := range map[uint16]uint16{7946: 17946, 8300: 18300, 55535: 65535, 55536: 1024, 65535: 11023} {
-		if got := endpointPorts(service); got[0] != want {
+		got := endpointPorts(service, nil)
+		if got[0] != want {
 			t.Errorf("port %d: %v, want %d first", service, got, want)
 		}
-		for _, p := range endpointPorts(service) {
+		for _, p := range got {
 			if p < 1024 || p == service {
-				t.Errorf("port %d: %d is among %v", service, p, endpointPorts(service))
+				t.Errorf("port %d: %d is among %v", service, p, got)
 			}
 		}
+	}
+	if got := endpointPorts(7946, map[uint16]bool{17946: true}); got[0] != 27946 {
+		t.Errorf("where the server has 17946 itself: %v, want 27946 first", got)
 	}
 }

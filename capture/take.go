@@ -41,11 +41,20 @@ func (r *Redirect) takePacket(s *redirectSocket, owners map[netip.Addr]catalog.K
 	switch {
 	case !ok, !r.local.contains(from.Addr()):
 		r.stray(s, from.Addr(), endpoint)
-	case r.probed.expects(from):
+	case r.probed.isPacket(payload):
 		_, _, _ = s.udp.WriteMsgUDPAddrPort(payload, sourceControl(endpoint), from) // lost like any datagram
 	default:
 		r.o.Handler.Packet(to, s.service.Name, payload)
 	}
+}
+
+// takeProbe ends a connection of the sidecar's own, and reports whether it is one.
+func (r *Redirect) takeProbe(c *net.TCPConn) bool {
+	if !r.probed.isStream(addrOf(c.RemoteAddr())) {
+		return false
+	}
+	_ = c.Close()
+	return true
 }
 
 // serveStream serves one connection to a service of whatever peer it was for.
@@ -56,8 +65,6 @@ func (r *Redirect) serveStream(ctx context.Context, s *redirectSocket, c *net.TC
 	case !ok, !r.local.contains(remoteOf(c)):
 		r.stray(s, remoteOf(c), endpoint)
 		pipe.Abort(c)
-	case r.probed.expects(addrOf(c.RemoteAddr())):
-		_ = c.Close()
 	default:
 		r.o.Handler.Stream(ctx, to, s.service.Name, c)
 	}

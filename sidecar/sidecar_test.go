@@ -60,29 +60,21 @@ func newPair(t testing.TB) *pair {
 	return p
 }
 
-// newRedirectPair starts the same two on a host with real addresses, captured by
-// redirect: each server knows the other by an address that leads nowhere.
-func newRedirectPair(t testing.TB) *pair {
+// newMixedPair starts the same two, and captures alice's server by redirect: it
+// has a real address, and knows bob's by one that leads nowhere.
+func newMixedPair(t testing.TB) *pair {
 	t.Helper()
 	testnetns.Require(t)
 	p := &pair{ca: testpki.New(t, "consul"), n: byte(150 + ranges.Add(1))}
-	advertised := map[string]netip.Addr{"alice": netip.MustParseAddr("10.3.0.1"), "bob": netip.MustParseAddr("10.2.0.1")}
-	redirect := func(site byte, node, listen string) *side {
-		cfg := p.config(t, site, node)
-		cfg.Capture, cfg.OnExit = config.CaptureRedirect, config.OnExitOpen
-		server := netip.AddrFrom4([4]byte{10, 1, 0, site})
-		cfg.Server = config.Server{Address: server, Advertise: advertised[node]}
-		for i := range cfg.Services {
-			cfg.Services[i].Local = netip.AddrPortFrom(server, port)
-		}
-		cfg.Listen.Address = p.addr(site, 200).String() + listen
-		cfg.Peers[0].Advertise = advertised[cfg.Peers[0].Node]
-		if site == 1 {
-			cfg.Peers[0].Address = p.addr(2, 200).String() + ":8444"
-		}
-		return p.start(t, cfg)
+	cfg := p.config(t, 1, "alice")
+	cfg.Capture, cfg.OnExit = config.CaptureRedirect, config.OnExitOpen
+	cfg.Server.Address = netip.MustParseAddr("10.1.0.1")
+	for i := range cfg.Services {
+		cfg.Services[i].Local = netip.AddrPortFrom(cfg.Server.Address, port)
 	}
-	p.alice, p.bob = redirect(1, "alice", ":8443"), redirect(2, "bob", ":8444")
+	cfg.Peers[0].Advertise = netip.MustParseAddr("10.2.0.1")
+	p.alice = p.start(t, cfg)
+	p.bob = p.start(t, p.config(t, 2, "bob"))
 	return p
 }
 
@@ -237,33 +229,33 @@ func TestPacketsAndStreamsCross(t *testing.T) {
 	})
 }
 
-// With redirect the sidecars do the same for servers with real addresses, and
-// tell where each one's streams come from.
+// With redirect a sidecar does the same for a server with a real address, and
+// tells where each peer's streams come from.
 func TestRedirectCrosses(t *testing.T) {
-	p := newRedirectPair(t)
-	bob, alice := p.alice.cfg.Peers[0].Advertise, p.bob.cfg.Peers[0].Advertise
+	p := newMixedPair(t)
+	bob := p.alice.cfg.Peers[0].Advertise
 	p.alice.send(t, bob, "ping")
-	if got, from := p.bob.receive(t); got != "ping" || from != netip.AddrPortFrom(alice, port) {
-		t.Errorf("bob's server got %q from %v, want it from %v", got, from, alice)
+	if got, from := p.bob.receive(t); got != "ping" || from != netip.AddrPortFrom(p.addr(1, 1), port) {
+		t.Errorf("bob's server got %q from %v, want it from alice's advertised address", got, from)
 	}
-	p.bob.send(t, alice, "pong")
+	p.bob.send(t, p.addr(1, 1), "pong")
 	if got, from := p.alice.receive(t); got != "pong" || from != netip.AddrPortFrom(bob, port) {
 		t.Errorf("alice's server got %q from %v, want it from %v", got, from, bob)
 	}
 	eventually(t, func() error {
-		st := p.bob.Status()
-		if !st.Ready || st.Capture.Mode != "redirect" || st.Capture.Table != "culvert_8444" || len(st.Capture.Lost) != 0 || st.Peers[0].Endpoint == "" {
+		st := p.alice.Status()
+		if !st.Ready || st.Capture.Mode != "redirect" || st.Capture.Table != "culvert_8443" || len(st.Capture.Lost) != 0 || st.Peers[0].Endpoint == "" {
 			return fmt.Errorf("status %+v", st)
 		}
 		return nil
 	})
-	next := *p.bob.cfg
-	next.Peers = nil
-	if err := p.bob.Reload(&next); err != nil {
+	next := *p.alice.cfg
+	next.Peers = []config.Peer{{Datacenter: "dc1", Node: "amy", Advertise: netip.MustParseAddr("10.1.0.9")}}
+	if err := p.alice.Reload(&next); err != nil {
 		t.Fatal(err)
 	}
-	if st := p.bob.Status(); len(st.Peers) != 0 {
-		t.Errorf("after alice has left: %+v", st)
+	if st := p.alice.Status(); len(st.Peers) != 1 || st.Peers[0].Path != "plain" || st.Peers[0].Endpoint != "" {
+		t.Errorf("after bob has left and amy come, a sibling: %+v", st)
 	}
 }
 

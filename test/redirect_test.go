@@ -417,7 +417,7 @@ func TestRedirectTwoSidecars(t *testing.T) {
 	}
 	table := func() string {
 		t.Helper()
-		out, err := alice.host.Run("nft", "list", "table", "inet", "culvert_8443")
+		out, err := alice.host.Run("nft", "list", "table", "ip", "culvert_8443")
 		if err != nil {
 			t.Fatal(err)
 		}

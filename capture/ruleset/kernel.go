@@ -1,6 +1,7 @@
 package ruleset
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -42,7 +43,7 @@ var (
 	// is needed here.
 	ErrUnsupported error = &hinted{
 		"the kernel has no nftables, or not all of it that is needed",
-		`load the modules nf_tables and nft_reject_inet (Linux 5.2 or later), or use capture = "bind"`,
+		`load the modules nf_tables, nft_reject_ipv4 and nft_reject_ipv6 (Linux 5.2 or later), or use capture = "bind"`,
 	}
 )
 
@@ -80,7 +81,7 @@ type sets struct {
 }
 
 func (t *Table) table() *nftables.Table {
-	return &nftables.Table{Family: nftables.TableFamilyINet, Name: t.Name()}
+	return &nftables.Table{Family: headerOf(t.spec.V6).family, Name: t.Name()}
 }
 
 func (t *Table) sets() sets {
@@ -109,47 +110,57 @@ func (t *Table) Read() (State, error) {
 	if err != nil {
 		return s, plain(err)
 	}
-	if _, err := c.ListTableOfFamily(t.Name(), nftables.TableFamilyINet); err != nil {
-		if errors.Is(err, syscall.ENOENT) {
-			return s, ErrNoTable
-		}
-		return s, fmt.Errorf("read table %s: %w", t.Name(), plain(err))
+	e, err := t.read(c)
+	if err != nil {
+		return s, err
 	}
-	whole, err := t.hasRules(c)
+	whole := len(e.back) == len(e.peers)
+	for at, p := range e.peers {
+		s.Peers[at] = Peer{Endpoint: p.value, Name: p.name}
+		whole = whole && e.back[p.value].value == at
+	}
+	for at, l := range e.lost {
+		s.Lost[at] = l.name
+	}
+	rules, err := t.hasRules(c)
 	if err != nil {
 		return s, fmt.Errorf("read the rules of table %s: %w", t.Name(), plain(err))
 	}
-	whole = whole && (!t.spec.V6 || iproute.Local(Range6.Addr().Next()) == nil)
-	sets := t.sets()
-	back := make(map[netip.Addr]netip.Addr)
-	for _, set := range []*nftables.Set{sets.peers, sets.back, sets.lost} {
-		elements, err := c.GetSetElements(set)
-		if err != nil {
-			if !errors.Is(err, syscall.ENOENT) {
-				return s, fmt.Errorf("read %s of table %s: %w", set.Name, t.Name(), plain(err))
-			}
-			whole = false
-		}
-		for _, e := range elements {
-			key, _ := netip.AddrFromSlice(e.Key)
-			value, _ := netip.AddrFromSlice(e.Val)
-			switch set {
-			case sets.peers:
-				s.Peers[key] = Peer{Endpoint: value, Name: e.Comment}
-			case sets.back:
-				back[key] = value
-			default:
-				s.Lost[key] = e.Comment
-			}
-		}
+	services, err := t.hasServices(c)
+	if err != nil {
+		return s, fmt.Errorf("read the services of table %s: %w", t.Name(), plain(err))
 	}
-	for at, p := range s.Peers {
-		whole = whole && back[p.Endpoint] == at
-	}
-	if !whole || len(back) != len(s.Peers) {
+	if !whole || !rules || !services || t.spec.V6 && iproute.Local(Range6.Addr().Next()) != nil {
 		return s, ErrDamaged
 	}
 	return s, nil
+}
+
+// read returns the elements of the table's maps and sets, as they are.
+func (t *Table) read(c *nftables.Conn) (elements, error) {
+	e := elements{make(map[netip.Addr]element), make(map[netip.Addr]element), make(map[netip.Addr]element)}
+	if _, err := c.ListTableOfFamily(t.Name(), t.table().Family); err != nil {
+		if errors.Is(err, syscall.ENOENT) {
+			return e, ErrNoTable
+		}
+		return e, fmt.Errorf("read table %s: %w", t.Name(), plain(err))
+	}
+	of := t.sets()
+	for _, m := range []struct {
+		set  *nftables.Set
+		into map[netip.Addr]element
+	}{{of.peers, e.peers}, {of.back, e.back}, {of.lost, e.lost}} {
+		found, err := elementsOf(c, m.set)
+		if err != nil {
+			return e, fmt.Errorf("read %s of table %s: %w", m.set.Name, t.Name(), plain(err))
+		}
+		for _, f := range found {
+			key, _ := netip.AddrFromSlice(f.Key)
+			value, _ := netip.AddrFromSlice(f.Val)
+			m.into[key] = element{value, f.Comment}
+		}
+	}
+	return e, nil
 }
 
 // hasRules tells whether all chains have as many rules as they were made with,
@@ -173,8 +184,67 @@ func (t *Table) hasRules(c *nftables.Conn) (bool, error) {
 	return true, nil
 }
 
+// hasServices tells whether the ways to all services' chains are there, as far as
+// that is known.
+func (t *Table) hasServices(c *nftables.Conn) (bool, error) {
+	if len(t.spec.Ports) == 0 {
+		return true, nil
+	}
+	of := t.sets()
+	out, in := t.spec.entries()
+	for _, m := range []struct {
+		set  *nftables.Set
+		want []nftables.SetElement
+	}{{of.out, out}, {of.in, in}} {
+		found, err := elementsOf(c, m.set)
+		if err != nil {
+			return false, err
+		}
+		if len(found) != len(m.want) {
+			return false, nil
+		}
+		for _, w := range m.want {
+			if !slices.ContainsFunc(found, func(f nftables.SetElement) bool { return slices.Equal(f.Key, w.Key) }) {
+				return false, nil
+			}
+		}
+	}
+	return true, nil
+}
+
+// elementsOf are the elements of a set, none if it is not there.
+func elementsOf(c *nftables.Conn, set *nftables.Set) ([]nftables.SetElement, error) {
+	found, err := c.GetSetElements(set)
+	if errors.Is(err, syscall.ENOENT) {
+		return nil, nil
+	}
+	return found, err
+}
+
+// Services are the ports whose traffic the table takes, without the ports of
+// their endpoints.
+func (t *Table) Services() ([]Port, error) {
+	c, err := dial()
+	if err != nil {
+		return nil, plain(err)
+	}
+	found, err := elementsOf(c, t.sets().out)
+	if err != nil {
+		return nil, fmt.Errorf("read the services of table %s: %w", t.Name(), plain(err))
+	}
+	var ports []Port
+	for _, e := range found {
+		if len(e.Key) == len(entry(0, 0, "").Key) {
+			ports = append(ports, Port{Packet: e.Key[0] == unix.IPPROTO_UDP, Service: binary.BigEndian.Uint16(e.Key[4:])})
+		}
+	}
+	return ports, nil
+}
+
 // Replace makes the table hold s and nothing else, whether it was there or not,
-// in one transaction.
+// in one transaction. Where it was, its chains and its elements that stay are
+// kept: a table that is deleted and made anew in one transaction lets single
+// packets pass between the two.
 func (t *Table) Replace(s State) error {
 	if t.spec.V6 {
 		if err := iproute.AddLocal(Range6); err != nil {
@@ -185,31 +255,94 @@ func (t *Table) Replace(s State) error {
 	if err != nil {
 		return plain(err)
 	}
-	table := c.AddTable(t.table()) // there may be none to delete
-	c.DelTable(table)
-	c.AddTable(table)
-	sets := t.sets()
-	if err := t.describe(c, table, sets); err != nil {
+	found, err := t.read(c)
+	switch {
+	case errors.Is(err, ErrNoTable):
+	case err != nil:
+		return err
+	case t.inPlace(found, s.elements()) == nil:
+		return nil
+	}
+	// There may be none to delete. One of the other family is of a sidecar that
+	// this one takes the place of.
+	other := New(Spec{Listen: t.spec.Listen, V6: !t.spec.V6})
+	for _, old := range []*nftables.Table{t.table(), other.table()} {
+		c.AddTable(old)
+		c.DelTable(old)
+	}
+	if err := t.describe(c, elements{}, s.elements()); err != nil {
 		return err
 	}
-	if err := sets.change(c, State{}, s); err != nil {
-		return err
+	return t.install(c)
+}
+
+// inPlace changes the table that is there from what was found in it. It fails
+// where that is not of this kind.
+func (t *Table) inPlace(found, wanted elements) error {
+	c, err := dial()
+	if err != nil {
+		return plain(err)
 	}
-	if err := c.Flush(); err != nil {
-		if errors.Is(err, syscall.ENOENT) { // an expression that this kernel does not have
-			err = fmt.Errorf("%w: %w", ErrUnsupported, err)
+	of := t.sets()
+	for _, set := range []*nftables.Set{of.out, of.in} {
+		stale, err := elementsOf(c, set)
+		if err != nil {
+			return err
 		}
+		if len(stale) == 0 {
+			continue
+		}
+		if err := c.SetDeleteElements(set, stale); err != nil {
+			return err
+		}
+	}
+	if err := t.describe(c, found, wanted); err != nil {
+		return err
+	}
+	if err := t.dropChains(c); err != nil {
+		return err
+	}
+	return t.install(c)
+}
+
+// dropChains deletes the chains of services that are none any more.
+func (t *Table) dropChains(c *nftables.Conn) error {
+	there, err := c.ListChainsOfTableFamily(t.table().Family)
+	if err != nil {
+		return err
+	}
+	wanted := t.spec.chains(t.sets())
+	for _, old := range there {
+		if old.Table.Name == t.Name() && !slices.ContainsFunc(wanted, func(w chain) bool { return w.name == old.Name }) {
+			c.FlushChain(old)
+			c.DelChain(old)
+		}
+	}
+	return nil
+}
+
+func (t *Table) install(c *nftables.Conn) error {
+	err := c.Flush()
+	if errors.Is(err, syscall.ENOENT) { // an expression that this kernel does not have
+		err = fmt.Errorf("%w: %w", ErrUnsupported, err)
+	}
+	if err != nil {
 		return fmt.Errorf("install table %s: %w", t.Name(), plain(err))
 	}
 	return nil
 }
 
-// describe adds what a table without peers has.
-func (t *Table) describe(c *nftables.Conn, table *nftables.Table, of sets) error {
+// describe adds all that the table has, where it holds the elements of one state,
+// and makes them another's. What is there already stays.
+func (t *Table) describe(c *nftables.Conn, from, to elements) error {
+	table, of := c.AddTable(t.table()), t.sets()
 	for _, set := range []*nftables.Set{of.peers, of.back, of.lost, of.out, of.in} {
 		if err := c.AddSet(set, nil); err != nil {
 			return fmt.Errorf("describe %s: %w", set.Name, err)
 		}
+	}
+	if err := of.change(c, from, to); err != nil {
+		return err
 	}
 	chains := t.spec.chains(of)
 	added := make([]*nftables.Chain, len(chains))
@@ -219,6 +352,7 @@ func (t *Table) describe(c *nftables.Conn, table *nftables.Table, of sets) error
 			added[i].Hooknum, added[i].Type, added[i].Priority = want.hook, want.kind, nftables.ChainPriorityRef(priority)
 		}
 		c.AddChain(added[i])
+		c.FlushChain(added[i])
 	}
 	out, in := t.spec.entries()
 	if err := errors.Join(c.SetAddElements(of.out, out), c.SetAddElements(of.in, in)); err != nil {
@@ -239,7 +373,7 @@ func (t *Table) Change(from, to State) error {
 	if err != nil {
 		return plain(err)
 	}
-	if err := t.sets().change(c, from, to); err != nil {
+	if err := t.sets().change(c, from.elements(), to.elements()); err != nil {
 		return err
 	}
 	if err := c.Flush(); err != nil {
@@ -248,10 +382,9 @@ func (t *Table) Change(from, to State) error {
 	return nil
 }
 
-// change adds what takes from to to. Deletions come first, so that an address
+// change adds what takes the elements from old to now. Deletions come first, so that an address
 // or an endpoint can pass from one peer to another.
-func (s sets) change(c *nftables.Conn, from, to State) error {
-	old, now := from.elements(), to.elements()
+func (s sets) change(c *nftables.Conn, old, now elements) error {
 	for _, way := range []struct {
 		do        func(*nftables.Set, []nftables.SetElement) error
 		minus, of elements
@@ -339,24 +472,28 @@ func releaseRange6() error {
 }
 
 // Find returns the table of the sidecar that listens on a port, as far as it can
-// be known from what is there: without the ports. The error is [ErrNoTable] where
-// there is none.
+// be known from its name: without the ports. The error is [ErrNoTable] where there
+// is none.
 func Find(listen uint16) (*Table, error) {
-	t := New(Spec{Listen: listen})
 	c, err := dial()
 	if err != nil {
 		return nil, plain(err)
 	}
-	peers, err := c.GetSetByName(t.table(), t.sets().peers.Name)
-	if errors.Is(err, syscall.ENOENT) {
-		return nil, ErrNoTable
+	for _, v6 := range []bool{false, true} {
+		t := New(Spec{Listen: listen, V6: v6})
+		_, err := c.ListTableOfFamily(t.Name(), t.table().Family)
+		if err == nil {
+			return t, nil
+		}
+		if !errors.Is(err, syscall.ENOENT) {
+			return nil, fmt.Errorf("look for table %s: %w", t.Name(), plain(err))
+		}
 	}
-	if err != nil {
-		return nil, fmt.Errorf("look at table %s: %w", t.Name(), plain(err))
-	}
-	t.spec.V6 = peers.KeyType.Bytes == nftables.TypeIP6Addr.Bytes
-	return t, nil
+	return nil, ErrNoTable
 }
+
+// V6 tells whether the table is for servers with addresses of IPv6.
+func (t *Table) V6() bool { return t.spec.V6 }
 
 // Tables returns the listen ports of all sidecars that have a table here.
 func Tables() ([]uint16, error) {
@@ -364,18 +501,20 @@ func Tables() ([]uint16, error) {
 	if err != nil {
 		return nil, plain(err)
 	}
-	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return nil, fmt.Errorf("list tables: %w", plain(err))
-	}
 	var ports []uint16
-	for _, t := range tables {
-		if port, ok := Listen(t.Name); ok {
-			ports = append(ports, port)
+	for _, v6 := range []bool{false, true} {
+		tables, err := c.ListTablesOfFamily(headerOf(v6).family)
+		if err != nil {
+			return nil, fmt.Errorf("list tables: %w", plain(err))
+		}
+		for _, t := range tables {
+			if port, ok := Listen(t.Name); ok {
+				ports = append(ports, port)
+			}
 		}
 	}
 	slices.Sort(ports)
-	return ports, nil
+	return slices.Compact(ports), nil
 }
 
 // groupNFTables is the multicast group of changes to nftables (NFNLGRP_NFTABLES

@@ -21,7 +21,7 @@ type Lock struct{ ln *net.UnixListener }
 // Hold takes the table of the sidecar that listens on a port. The error is
 // [ErrHeld] where somebody has it.
 func Hold(listen uint16) (*Lock, error) {
-	ln, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: "@" + Name(listen)})
+	ln, err := net.ListenUnix("unix", lockName(listen))
 	if errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("%s: %w", Name(listen), ErrHeld)
 	}
@@ -38,9 +38,16 @@ func (l *Lock) Release() {
 	}
 }
 
-// IsHeld tells whether a running sidecar holds the table of a listen port.
+// IsHeld tells whether a running sidecar holds the table of a listen port. It
+// takes nothing itself.
 func IsHeld(listen uint16) bool {
-	l, err := Hold(listen)
-	l.Release()
-	return errors.Is(err, ErrHeld)
+	c, err := net.DialUnix("unix", nil, lockName(listen))
+	if err == nil {
+		_ = c.Close()
+	}
+	return !errors.Is(err, syscall.ECONNREFUSED)
+}
+
+func lockName(listen uint16) *net.UnixAddr {
+	return &net.UnixAddr{Net: "unix", Name: "@" + Name(listen)}
 }

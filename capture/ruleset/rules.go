@@ -31,13 +31,13 @@ const (
 
 // A header is where a protocol keeps what rules need.
 type header struct {
-	nfproto         byte
 	size            uint32 // of an address
 	src, dst        uint32 // offsets of the addresses in the network header
 	next            uint32 // offset of the byte that tells the transport protocol
 	length          uint32 // of the header without options
 	checksum        func(offset uint32) uint32
 	icmp            byte // the protocol of error messages
+	family          nftables.TableFamily
 	unreachable     byte // type of "destination unreachable"
 	portUnreachable byte // its code
 	first           byte // of a header without options, 0 if it tells nothing
@@ -51,15 +51,15 @@ type header struct {
 func headerOf(v6 bool) header {
 	if v6 {
 		return header{
-			nfproto: unix.NFPROTO_IPV6, size: 16, src: 8, dst: 24, next: 6, length: 40,
+			size: 16, src: 8, dst: 24, next: 6, length: 40,
 			checksum: func(offset uint32) uint32 { return offset },
-			icmp:     unix.IPPROTO_ICMPV6, unreachable: 1, portUnreachable: 4,
+			icmp:     unix.IPPROTO_ICMPV6, family: nftables.TableFamilyIPv6, unreachable: 1, portUnreachable: 4,
 		}
 	}
 	return header{
-		nfproto: unix.NFPROTO_IPV4, size: 4, src: 12, dst: 16, next: 9, length: 20,
+		size: 4, src: 12, dst: 16, next: 9, length: 20,
 		checksum: func(uint32) uint32 { return 10 },
-		icmp:     unix.IPPROTO_ICMP, unreachable: 3, portUnreachable: 3, first: 0x45,
+		icmp:     unix.IPPROTO_ICMP, family: nftables.TableFamilyIPv4, unreachable: 3, portUnreachable: 3, first: 0x45,
 	}
 }
 
@@ -95,12 +95,12 @@ func is(key expr.MetaKey, value ...byte) part {
 	}
 }
 
-// onLoopback matches what came in on the loopback interface, or what did not.
-func onLoopback(op expr.CmpOp) part {
+// notLoopback matches what came in, or goes out, by another interface.
+func notLoopback(key expr.MetaKey) part {
 	const loopback = 1 // its index in each network namespace (LOOPBACK_IFINDEX in linux/netdevice.h)
 	return part{
-		&expr.Meta{Key: expr.MetaKeyIIF, Register: reg1},
-		&expr.Cmp{Op: op, Register: reg1, Data: binaryutil.NativeEndian.PutUint32(loopback)},
+		&expr.Meta{Key: key, Register: reg1},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: binaryutil.NativeEndian.PutUint32(loopback)},
 	}
 }
 
@@ -158,9 +158,9 @@ func untracked() part { return part{&expr.Notrack{}} }
 func accept() part    { return part{&expr.Verdict{Kind: expr.VerdictAccept}} }
 func drop() part      { return part{&expr.Verdict{Kind: expr.VerdictDrop}} }
 
-func refuse(packet bool) part {
+func (h header) refuse(packet bool) part {
 	if packet {
-		return part{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}}
+		return part{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: h.portUnreachable}}
 	}
 	return part{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
 }
@@ -178,28 +178,46 @@ type chain struct {
 
 // chains are all of the table's.
 func (s Spec) chains(of sets) []chain {
-	family := is(expr.MetaKeyNFPROTO, headerOf(s.V6).nfproto)
 	h := headerOf(s.V6)
 	out := chain{name: "out", hook: nftables.ChainHookOutput, kind: nftables.ChainTypeRoute, rules: [][]expr.Any{
 		rule(service(dportOffset, of.out)),
-		rule(family, within(h.src, s.Range()), untracked()),
-		rule(family, within(h.dst, s.Range()), untracked()),
+		rule(within(h.src, s.Range()), untracked()),
+		rule(within(h.dst, s.Range()), untracked()),
 	}}
 	in := chain{name: "in", hook: nftables.ChainHookInput, kind: nftables.ChainTypeFilter, rules: [][]expr.Any{
-		rule(onLoopback(expr.CmpOpEq), service(sportOffset, of.in)),
+		rule(notLoopback(expr.MetaKeyIIF), part{&expr.Verdict{Kind: expr.VerdictGoto, Chain: outsideChain}}),
+		rule(service(sportOffset, of.in)),
 	}}
-	// From elsewhere nothing reaches an endpoint: who could would speak in the
-	// server's name. That the range is local keeps nobody out: IPv6's is routed,
-	// and IPv4's is on hosts with route_localnet.
-	outside := rule(onLoopback(expr.CmpOpNeq), family)
-	in.rules = append(in.rules, rule(outside, within(h.dst, s.Range()), drop()))
-	var services []chain
+	// What was turned leaves by no other way than loopback, as it would where the
+	// range is not local any more (IPv6's is not after `ip link set lo down`), or
+	// from a socket that is bound to another interface.
+	post := chain{name: "post", hook: nftables.ChainHookPostrouting, kind: nftables.ChainTypeFilter, rules: [][]expr.Any{
+		rule(notLoopback(expr.MetaKeyOIF), within(h.dst, s.Range()), drop()),
+	}}
+	services := []chain{s.unreachable(h, of), s.outside(h)}
 	for _, p := range s.Ports {
-		proto, _ := transport(p.Packet)
-		in.rules = append(in.rules, rule(outside, is(expr.MetaKeyL4PROTO, proto), equals(th, dportOffset, port(p.Endpoint)...), drop()))
 		services = append(services, s.outward(h, p, of), s.inward(h, p, of))
 	}
-	return append(services, s.unreachable(h, of), out, in)
+	return append(services, out, in, post)
+}
+
+const outsideChain = "in_outside"
+
+// outside is for what comes by any interface but loopback. Nothing of that
+// reaches an endpoint: who could would speak in the server's name; and nothing
+// comes from one: who could would have the server's answer carried. That the range
+// is local keeps nobody out: IPv6's is routed, and IPv4's is on hosts with
+// route_localnet.
+func (s Spec) outside(h header) chain {
+	c := chain{name: outsideChain, rules: [][]expr.Any{
+		rule(within(h.dst, s.Range()), drop()),
+		rule(within(h.src, s.Range()), drop()),
+	}}
+	for _, p := range s.Ports {
+		proto, _ := transport(p.Packet)
+		c.rules = append(c.rules, rule(is(expr.MetaKeyL4PROTO, proto), equals(th, dportOffset, port(p.Endpoint)...), drop()))
+	}
+	return c
 }
 
 // service goes to the chain of the service whose protocol and port a packet has.
@@ -236,14 +254,6 @@ func (p Port) chain(direction string) string {
 	return fmt.Sprintf("%s_%s_%d", direction, kind, p.Service)
 }
 
-// other ends the rules for packets of the other family, whose headers differ.
-func other(h header) []expr.Any {
-	return rule(part{
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg1},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: []byte{h.nfproto}},
-	}, accept())
-}
-
 // outward is for what leaves for a service's port: what goes to a peer is turned
 // to the peer's endpoint, what goes to one that is lost is refused, and neither
 // is tracked. What the sidecar hands the server passes, and so do its own
@@ -251,15 +261,15 @@ func other(h header) []expr.Any {
 func (s Spec) outward(h header, p Port, of sets) chain {
 	_, checksum := transport(p.Packet)
 	c := chain{name: p.chain("out"), rules: [][]expr.Any{
-		other(h),
 		rule(within(h.src, s.Range()), untracked(), accept()),
 	}}
 	if !p.Packet {
 		c.rules = append(c.rules, rule(is(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(Mark)...), accept()))
 	}
-	c.rules = append(c.rules,
-		rule(h.find(h.dst, of.peers, reg1), h.setAddress(h.dst, reg1), setPort(dportOffset, p.Endpoint, checksum), untracked(), accept()),
-		rule(h.find(h.dst, of.lost, 0), untracked(), refuse(p.Packet)))
+	turn := rule(h.find(h.dst, of.peers, reg1), h.setAddress(h.dst, reg1), setPort(dportOffset, p.Endpoint, checksum), untracked(), accept())
+	c.rules = append(c.rules, turn,
+		rule(h.find(h.dst, of.lost, 0), untracked(), h.refuse(p.Packet)),
+		turn) // an address that passed from lost to peers between the two
 	return c
 }
 
@@ -267,7 +277,6 @@ func (s Spec) outward(h header, p Port, of sets) chain {
 func (s Spec) inward(h header, p Port, of sets) chain {
 	_, checksum := transport(p.Packet)
 	return chain{name: p.chain("in"), rules: [][]expr.Any{
-		other(h),
 		rule(within(h.src, s.Range()), h.find(h.src, of.back, reg1),
 			setPort(sportOffset, p.Service, checksum), h.setAddress(h.src, reg1)),
 	}}
@@ -280,7 +289,7 @@ const unreachableChain = "in_unreachable"
 // server learns at once that it is refused. TCP is answered with a reset, which
 // comes from the endpoint as all else does.
 func (s Spec) unreachable(h header, of sets) chain {
-	c := chain{name: unreachableChain, rules: [][]expr.Any{other(h)}}
+	c := chain{name: unreachableChain}
 	const quoted uint32 = icmpHeader
 	quotedDst, quotedPort := quoted+h.dst, quoted+h.length+dportOffset
 	for _, p := range s.Ports {

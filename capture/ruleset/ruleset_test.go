@@ -197,7 +197,7 @@ func TestOtherTables(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	foreign := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "filter"})
+	foreign := c.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "filter"})
 	c.AddChain(&nftables.Chain{Table: foreign, Name: "out"})
 	if err := c.Flush(); err != nil {
 		t.Fatal(err)
@@ -217,7 +217,7 @@ func TestOtherTables(t *testing.T) {
 	if ports, err := Tables(); err != nil || len(ports) != 0 {
 		t.Errorf("tables of ports %v, %v", ports, err)
 	}
-	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyIPv4)
 	if err != nil || len(chains) != 1 || chains[0].Table.Name != "filter" {
 		t.Errorf("chains %v, %v, want that of the foreign table", chains, err)
 	}

@@ -126,7 +126,7 @@ func printRules(w io.Writer, all []rules) error {
 		if r.Damaged {
 			what += "; somebody has changed it"
 		}
-		_, _ = fmt.Fprintf(tw, "table inet %s, %s\n", r.Table, what)
+		_, _ = fmt.Fprintf(tw, "table %s, %s\n", r.Table, what)
 		row(tw, "ADDRESS", "PEER", "ENDPOINT")
 		for _, p := range r.Peers {
 			row(tw, p.Address, orDash(p.Name), p.Endpoint)
@@ -209,7 +209,7 @@ func clearTables(w io.Writer, ports []uint16) error {
 			faults = append(faults, err)
 			continue
 		}
-		_, _ = fmt.Fprintf(w, "table inet %s is gone: what it captured or refused leaves as it did before\n", ruleset.Name(port))
+		_, _ = fmt.Fprintf(w, "table %s is gone: what it captured or refused leaves as it did before\n", ruleset.Name(port))
 	}
 	return errors.Join(faults...)
 }
