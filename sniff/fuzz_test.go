@@ -1,6 +1,7 @@
 package sniff
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"slices"
@@ -38,12 +39,15 @@ func FuzzParseHello(f *testing.F) {
 		f.Add(named(name), uint16(100), uint16(0))
 		seeds++
 	}
+	many := realHello(f, &tls.Config{ServerName: "bob.server.dc2.consul", NextProtos: slices.Repeat([]string{"p"}, 257), MinVersion: tls.VersionTLS13})
+	f.Add(many, uint16(700), uint16(0))
+	seeds++
 	// The engine comes to a stop over seeds as large as these.
 	for _, b := range large() {
 		checkHello(f, b, 1459)
 		seeds++
 	}
-	if seeds < 27 {
+	if seeds < 28 {
 		f.Fatalf("only %d seeds", seeds)
 	}
 	f.Fuzz(func(t *testing.T, b []byte, cut, record uint16) {
