@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"culvert/internal/pause"
 	"culvert/internal/pipe"
 )
 
@@ -45,7 +46,7 @@ func (a *acceptor) run(ctx context.Context, ln *net.TCPListener, own func(*net.T
 		}
 		if err != nil { // out of descriptors, most likely: others may free some
 			a.log.Error("accept on an endpoint", zap.Stringer("address", ln.Addr()), zap.Error(err))
-			if !wait(ctx, backoff) {
+			if !pause.For(ctx, backoff) {
 				return
 			}
 			backoff = min(2*backoff, longestBackoff)
@@ -96,15 +97,4 @@ func dialServer(ctx context.Context, services []Service, service string, source 
 		return c.(*net.TCPConn), nil //nolint:errcheck,forcetypeassert // "tcp4" and "tcp6" give nothing else
 	}
 	return nil, fmt.Errorf("dial the server: no stream service %q", service)
-}
-
-func wait(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }

@@ -12,6 +12,7 @@ import (
 
 	"culvert/catalog"
 	"culvert/internal/iproute"
+	"culvert/internal/pause"
 	"culvert/internal/pipe"
 )
 
@@ -73,7 +74,7 @@ func (b *Bind) servePackets(ctx context.Context, e *endpoint) {
 		}
 		if err != nil {
 			// The error of a datagram sent earlier, as a rule: the socket lives.
-			if !wait(ctx, shortestBackoff) {
+			if !pause.For(ctx, shortestBackoff) {
 				return
 			}
 			continue

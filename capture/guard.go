@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/capture/ruleset"
+	"culvert/internal/pause"
 )
 
 // How often a guard looks, where nothing tells it to.
@@ -37,7 +38,7 @@ func (r *Redirect) guard(ctx context.Context) {
 		if !r.repair() {
 			again = time.After(retryAfter)
 		}
-		if !wait(ctx, settle) {
+		if !pause.For(ctx, settle) {
 			return
 		}
 		select {
@@ -78,7 +79,7 @@ func (r *Redirect) watch(ctx context.Context, changed chan<- struct{}) {
 			return
 		}
 		r.log.Warn("the host does not tell of changes of its rules: they are looked at now and then", zap.Error(err))
-		if !wait(ctx, retryAfter) {
+		if !pause.For(ctx, retryAfter) {
 			return
 		}
 	}

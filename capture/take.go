@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/catalog"
+	"culvert/internal/pause"
 	"culvert/internal/pipe"
 )
 
@@ -23,7 +24,7 @@ func (r *Redirect) servePackets(ctx context.Context, s *redirectSocket) {
 		}
 		if err != nil {
 			// The error of a datagram sent earlier, as a rule: the socket lives.
-			if !wait(ctx, shortestBackoff) {
+			if !pause.For(ctx, shortestBackoff) {
 				return
 			}
 			continue

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"culvert/internal/pause"
 )
 
 const (
@@ -62,21 +64,9 @@ func (p *Pool) DialAvoiding(ctx context.Context, avoid func(endpoint string) boo
 		if ctx.Err() == nil || last == nil {
 			last = err // what a cut-off round says is less than the one before
 		}
-		if !again || !sleep(ctx, leastRound-time.Since(round)) {
+		if !again || !pause.For(ctx, leastRound-time.Since(round)) {
 			return nil, "", last
 		}
-	}
-}
-
-// sleep waits for d; false if ctx ended first.
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return ctx.Err() == nil
-	case <-ctx.Done():
-		return false
 	}
 }
 

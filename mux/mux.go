@@ -40,6 +40,7 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/internal/connset"
+	"culvert/internal/pause"
 	"culvert/internal/pipe"
 	"culvert/internal/sample"
 	"culvert/sniff"
@@ -296,7 +297,7 @@ func (s *Server) accept(ctx, handlers, lasting context.Context) error {
 			if _, ok := s.warn.Allow("accept"); ok {
 				s.log.Error("accept", zap.Error(err)) // out of descriptors, most likely: others may free some
 			}
-			if !wait(ctx, backoff) {
+			if !pause.For(ctx, backoff) {
 				return nil
 			}
 			backoff = min(2*backoff, maxBackoff)
@@ -438,15 +439,4 @@ func sourceOf(a net.Addr) netip.Prefix {
 		bits = 64
 	}
 	return netip.PrefixFrom(addr, bits).Masked()
-}
-
-func wait(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }

@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/catalog"
+	"culvert/internal/pause"
 )
 
 const (
@@ -205,7 +206,7 @@ func (l *Link) Run(ctx context.Context) error {
 			delay = shortestBackoff
 			continue
 		}
-		if !sleep(ctx, jitter(delay)) {
+		if !pause.For(ctx, jitter(delay)) {
 			break
 		}
 		delay = min(2*delay, longestBackoff)
@@ -376,16 +377,4 @@ func (l *Link) setState(state string) {
 // jitter spreads the redials of many links over the second half of d.
 func jitter(d time.Duration) time.Duration {
 	return d/2 + rand.N(d/2) //nolint:gosec // spreads load, guards nothing
-}
-
-// sleep waits for d; false if ctx ended first.
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }
