@@ -154,7 +154,7 @@ func (r *Redirect) probeTargets() (targets []probeTarget, generation int) {
 }
 
 // probe sends a packet and makes a connection to a peer as the server would. Both
-// are answered here. It returns what keeps them from their endpoint, or the
+// are answered here, from the peer's address. It returns what keeps them from their endpoint, or the
 // answers from coming back.
 func (r *Redirect) probe(ctx context.Context) error {
 	targets, generation := r.probeTargets()
@@ -189,7 +189,10 @@ func (r *Redirect) probePacket(ctx context.Context, to netip.AddrPort) error {
 	if _, err := c.WriteToUDPAddrPort(r.probed.token[:], to); err != nil {
 		return err
 	}
-	_, _, err = c.ReadFromUDPAddrPort(make([]byte, len(r.probed.token)))
+	_, from, err := c.ReadFromUDPAddrPort(make([]byte, len(r.probed.token)))
+	if err == nil && from != to {
+		return fmt.Errorf("it came from %s", from)
+	}
 	return err
 }
 

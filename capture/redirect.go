@@ -72,7 +72,7 @@ func (o RedirectOptions) withDefaults() (RedirectOptions, error) {
 // A Redirect takes what an unchanged server sends to its peers' real addresses,
 // by rules in the kernel (package ruleset). Make one with [NewRedirect].
 //
-// It has one socket for each service, whatever the number of peers: each peer has
+// It has a socket or two for each service, whatever the number of peers: each peer has
 // an endpoint, an address of its own in a range that is local to this host, to
 // which the rules turn what is sent to it.
 type Redirect struct {
@@ -103,6 +103,8 @@ type redirectSocket struct {
 	port    uint16
 	udp     *net.UDPConn // one of udp and tcp is set
 	batch   *batch       // reads udp
+	voice   *voice       // beside udp: hands the server what peers send
+	server  []byte       // where the server listens, as a sockaddr
 	tcp     *net.TCPListener
 }
 
@@ -113,7 +115,7 @@ type redirectRoutes struct {
 
 type redirectEndpoint struct {
 	addr    netip.Addr
-	control []byte // makes a datagram come from addr
+	control []byte // makes a datagram come from the peer's advertised address
 }
 
 // NewRedirect opens the sockets and installs the rules for peers, all or nothing.
@@ -149,7 +151,11 @@ func NewRedirect(peers []catalog.Peer, o RedirectOptions) (_ *Redirect, err erro
 	}
 	spec := ruleset.Spec{Listen: o.Listen, V6: o.Server.Is6()}
 	for _, s := range r.sockets {
-		spec.Ports = append(spec.Ports, ruleset.Port{Packet: s.service.Packet, Service: s.service.Port, Endpoint: s.port})
+		port := ruleset.Port{Packet: s.service.Packet, Service: s.service.Port, Endpoint: s.port}
+		if s.voice != nil {
+			port.Voice = s.voice.port
+		}
+		spec.Ports = append(spec.Ports, port)
 	}
 	r.table = ruleset.New(spec)
 	left, err := r.table.Read()
@@ -244,7 +250,7 @@ func (r *Redirect) openSockets() error {
 			}
 			socket := &redirectSocket{service: s, port: port}
 			if s.Packet {
-				socket.udp, socket.batch, err = listenPacketAny(at)
+				err = socket.openPacket(at, taken)
 			} else {
 				socket.tcp, err = listenStream(at)
 			}
@@ -261,6 +267,21 @@ func (r *Redirect) openSockets() error {
 		}
 	}
 	return nil
+}
+
+// openPacket opens the two sockets of a packet service: one to take what the
+// server sends, one to hand it what peers do.
+func (s *redirectSocket) openPacket(at netip.AddrPort, taken map[uint16]bool) (err error) {
+	s.voice, err = openVoice(at.Addr().Is6(), taken)
+	if err != nil {
+		return err
+	}
+	s.server = sockaddr(s.service.Local)
+	s.udp, s.batch, err = listenPacketAny(at)
+	if err != nil {
+		s.voice.close()
+	}
+	return err
 }
 
 // endpointPorts are the ports to try for a service's endpoint: 10000 further on,
@@ -310,7 +331,7 @@ func (r *Redirect) use(s ruleset.State, peers []catalog.Peer) {
 			continue
 		}
 		routes.owners[e.Endpoint] = p.Key
-		routes.endpoints[p.Key] = redirectEndpoint{e.Endpoint, sourceControl(e.Endpoint)}
+		routes.endpoints[p.Key] = redirectEndpoint{e.Endpoint, sourceControl(p.Advertise)}
 	}
 	r.state = s
 	r.generation++
@@ -319,8 +340,8 @@ func (r *Redirect) use(s ruleset.State, peers []catalog.Peer) {
 	r.o.Metrics.setLost(len(s.Lost))
 }
 
-// Deliver hands a packet to the local server, from the sender's endpoint, which
-// the rules make its advertised address. It does not block and does not keep
+// Deliver hands a packet to the local server, from the sender's advertised address;
+// the rules make its port the service's. It does not block and does not keep
 // payload. It returns [ErrNoEndpoint] for a sender that is not captured.
 func (r *Redirect) Deliver(from catalog.Key, service string, payload []byte) error {
 	e, ok := r.routes.Load().endpoints[from]
@@ -331,7 +352,7 @@ func (r *Redirect) Deliver(from catalog.Key, service string, payload []byte) err
 		if s.udp == nil || s.service.Name != service {
 			continue
 		}
-		if _, _, err := s.udp.WriteMsgUDPAddrPort(payload, e.control, s.service.Local); err != nil {
+		if err := s.voice.send(payload, e.control, s.server); err != nil {
 			return fmt.Errorf("write packet to the server: %w", err)
 		}
 		return nil
@@ -408,6 +429,7 @@ func (r *Redirect) giveUp() {
 	for _, s := range r.sockets {
 		if s.udp != nil {
 			_ = s.udp.Close()
+			s.voice.close()
 		} else {
 			_ = s.tcp.Close()
 		}

@@ -194,6 +194,86 @@ func TestRedirectCarries(t *testing.T) {
 	}
 }
 
+// strict is what a hardened host has against sources that are not where they
+// should be: the kernel's own filter and that of firewalld.
+const strict = `sysctl -qw net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.lo.rp_filter=1
+nft 'table inet strict { chain pre { type filter hook prerouting priority -290; fib saddr . iif oif missing drop; }; }'`
+
+// The server may listen on another address and port than its peers know, and the
+// host be strict with sources that are other hosts'.
+func TestRedirectDeliversOnAStrictHost(t *testing.T) {
+	for name, s := range sites(t) {
+		t.Run(name, func(t *testing.T) {
+			if out, err := exec.CommandContext(t.Context(), "sh", "-ec", strict).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			defer func() {
+				if out, err := exec.Command("sh", "-ec", "nft delete table inet strict; sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.lo.rp_filter=0").CombinedOutput(); err != nil { //nolint:noctx // at once
+					t.Errorf("%v: %s", err, out)
+				}
+			}()
+			loopback := netip.MustParseAddr("127.0.0.1")
+			if s.server.Is6() {
+				loopback = netip.IPv6Loopback()
+			}
+			for _, local := range []netip.AddrPort{netip.AddrPortFrom(s.server, gossipPort), netip.AddrPortFrom(s.server, 7999), netip.AddrPortFrom(loopback, 7999)} {
+				o := s.options(nil)
+				o.Services[0].Local = local
+				c := s.start(t, o, peer(bob, s.bob))
+				if local.Port() != gossipPort {
+					_ = c.udp.Close()
+					var err error
+					if c.udp, err = net.ListenUDP("udp"+family(local.Addr()), net.UDPAddrFromAddrPort(local)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := c.Deliver(bob, "gossip-packet", []byte("to "+local.String())); err != nil {
+					t.Error(err)
+				}
+				c.wantReceived(t, s.bob, "to "+local.String())
+				if err := c.probe(t.Context()); err != nil {
+					t.Error(err)
+				}
+				c.stop()
+			}
+		})
+	}
+}
+
+// A voice keeps off the ports that the server will want, and is silent once it is
+// closed.
+func TestVoice(t *testing.T) {
+	for name, s := range sites(t) {
+		t.Run(name, func(t *testing.T) {
+			taken := make(map[uint16]bool)
+			for port := uint16(1); port != 0; port++ {
+				taken[port] = port%16 != 0
+			}
+			v, err := openVoice(s.server.Is6(), taken)
+			if err != nil || taken[v.port] {
+				t.Fatalf("%v: port %d, want one that is not taken", err, v.port)
+			}
+			v.close()
+			v.close()
+			if err := v.send(nil, sourceControl(s.bob), sockaddr(netip.AddrPortFrom(s.server, 1))); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("after close: %v", err)
+			}
+		})
+	}
+}
+
+func TestDeliverDoesNotAllocate(t *testing.T) {
+	for name, s := range sites(t) {
+		t.Run(name, func(t *testing.T) {
+			c := s.start(t, s.options(nil), peer(bob, s.bob))
+			payload := []byte("x")
+			if n := testing.AllocsPerRun(100, func() { _ = c.Deliver(bob, "gossip-packet", payload) }); n != 0 {
+				t.Errorf("%v allocations a packet", n)
+			}
+		})
+	}
+}
+
 // Peers come, move and go under one who stays.
 func TestRedirectFollowsTheCatalog(t *testing.T) {
 	for name, s := range sites(t) {

@@ -9,7 +9,6 @@ import (
 
 	"go.uber.org/zap"
 
-	"culvert/catalog"
 	"culvert/internal/pause"
 	"culvert/internal/pipe"
 )
@@ -29,21 +28,21 @@ func (r *Redirect) servePackets(ctx context.Context, s *redirectSocket) {
 			}
 			continue
 		}
-		owners := r.routes.Load().owners
+		routes := r.routes.Load()
 		for i := range n {
 			payload, from, endpoint := s.batch.at(i)
-			r.takePacket(s, owners, payload, from, endpoint)
+			r.takePacket(s, routes, payload, from, endpoint)
 		}
 	}
 }
 
-func (r *Redirect) takePacket(s *redirectSocket, owners map[netip.Addr]catalog.Key, payload []byte, from netip.AddrPort, endpoint netip.Addr) {
-	to, ok := owners[endpoint]
+func (r *Redirect) takePacket(s *redirectSocket, routes *redirectRoutes, payload []byte, from netip.AddrPort, endpoint netip.Addr) {
+	to, ok := routes.owners[endpoint]
 	switch {
 	case !ok, !r.local.contains(from.Addr()):
 		r.stray(s, from.Addr(), endpoint)
 	case r.probed.isPacket(payload):
-		_, _, _ = s.udp.WriteMsgUDPAddrPort(payload, sourceControl(endpoint), from) // lost like any datagram
+		_ = s.voice.send(payload, routes.endpoints[to].control, sockaddr(from)) // lost like any datagram
 	default:
 		r.o.Handler.Packet(to, s.service.Name, payload)
 	}

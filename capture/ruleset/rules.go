@@ -40,6 +40,7 @@ type header struct {
 	family          nftables.TableFamily
 	unreachable     byte // type of "destination unreachable"
 	portUnreachable byte // its code
+	exceeded        byte // type of "time exceeded"
 	first           byte // of a header without options, 0 if it tells nothing
 }
 
@@ -53,13 +54,13 @@ func headerOf(v6 bool) header {
 		return header{
 			size: 16, src: 8, dst: 24, next: 6, length: 40,
 			checksum: func(offset uint32) uint32 { return offset },
-			icmp:     unix.IPPROTO_ICMPV6, family: nftables.TableFamilyIPv6, unreachable: 1, portUnreachable: 4,
+			icmp:     unix.IPPROTO_ICMPV6, family: nftables.TableFamilyIPv6, unreachable: 1, portUnreachable: 4, exceeded: 3,
 		}
 	}
 	return header{
 		size: 4, src: 12, dst: 16, next: 9, length: 20,
 		checksum: func(uint32) uint32 { return 10 },
-		icmp:     unix.IPPROTO_ICMP, family: nftables.TableFamilyIPv4, unreachable: 3, portUnreachable: 3, first: 0x45,
+		icmp:     unix.IPPROTO_ICMP, family: nftables.TableFamilyIPv4, unreachable: 3, portUnreachable: 3, exceeded: 11, first: 0x45,
 	}
 }
 
@@ -154,6 +155,13 @@ func setPort(offset uint32, to uint16, checksum uint32) part {
 	return append(part{&expr.Immediate{Register: reg2, Data: port(to)}}, store(th, offset, 2, reg2, checksum, 0)...)
 }
 
+// marked matches what a socket of the sidecar's own sends.
+func marked() part { return is(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(Mark)...) }
+
+func proceed(chain string) part {
+	return part{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}
+}
+
 func untracked() part { return part{&expr.Notrack{}} }
 func accept() part    { return part{&expr.Verdict{Kind: expr.VerdictAccept}} }
 func drop() part      { return part{&expr.Verdict{Kind: expr.VerdictDrop}} }
@@ -180,25 +188,45 @@ type chain struct {
 func (s Spec) chains(of sets) []chain {
 	h := headerOf(s.V6)
 	out := chain{name: "out", hook: nftables.ChainHookOutput, kind: nftables.ChainTypeRoute, rules: [][]expr.Any{
+		rule(marked(), proceed(ownChain)),
 		rule(service(dportOffset, of.out)),
 		rule(within(h.src, s.Range()), untracked()),
 		rule(within(h.dst, s.Range()), untracked()),
 	}}
 	in := chain{name: "in", hook: nftables.ChainHookInput, kind: nftables.ChainTypeFilter, rules: [][]expr.Any{
-		rule(notLoopback(expr.MetaKeyIIF), part{&expr.Verdict{Kind: expr.VerdictGoto, Chain: outsideChain}}),
-		rule(service(sportOffset, of.in)),
+		rule(notLoopback(expr.MetaKeyIIF), proceed(outsideChain)),
+		rule(within(h.src, s.Range()), service(sportOffset, of.in)),
+		rule(is(expr.MetaKeyL4PROTO, h.icmp), proceed(unreachableChain)),
 	}}
-	// What was turned leaves by no other way than loopback, as it would where the
-	// range is not local any more (IPv6's is not after `ip link set lo down`), or
-	// from a socket that is bound to another interface.
 	post := chain{name: "post", hook: nftables.ChainHookPostrouting, kind: nftables.ChainTypeFilter, rules: [][]expr.Any{
-		rule(notLoopback(expr.MetaKeyOIF), within(h.dst, s.Range()), drop()),
+		rule(notLoopback(expr.MetaKeyOIF), proceed(leavingChain)),
 	}}
-	services := []chain{s.unreachable(h, of), s.outside(h)}
+	services := []chain{s.own(), s.unreachable(h, of), s.outside(h), s.leaving(h), s.quoting(h, of)}
 	for _, p := range s.Ports {
-		services = append(services, s.outward(h, p, of), s.inward(h, p, of))
+		services = append(services, s.outward(h, p, of))
+		if !p.Packet {
+			services = append(services, s.inward(h, p, of))
+		}
 	}
 	return append(services, out, in, post)
+}
+
+const ownChain = "out_own"
+
+// own is for what the sidecar itself sends. Its packets for the server have the
+// addresses of peers from the start, as their socket is transparent (ip(7),
+// IP_TRANSPARENT), and get the port of the service, which is the server's own and
+// cannot be bound. That needs no second look at the routing table, and corrects no
+// checksum, which is not there yet. Its connections to others pass as they are.
+func (s Spec) own() chain {
+	c := chain{name: ownChain}
+	for _, p := range s.Ports {
+		if proto, checksum := transport(p.Packet); p.Packet {
+			c.rules = append(c.rules, rule(is(expr.MetaKeyL4PROTO, proto), equals(th, sportOffset, port(p.Voice)...),
+				setPort(sportOffset, p.Service, checksum), untracked(), accept()))
+		}
+	}
+	return c
 }
 
 const outsideChain = "in_outside"
@@ -216,6 +244,9 @@ func (s Spec) outside(h header) chain {
 	for _, p := range s.Ports {
 		proto, _ := transport(p.Packet)
 		c.rules = append(c.rules, rule(is(expr.MetaKeyL4PROTO, proto), equals(th, dportOffset, port(p.Endpoint)...), drop()))
+		if p.Packet {
+			c.rules = append(c.rules, rule(is(expr.MetaKeyL4PROTO, proto), equals(th, dportOffset, port(p.Voice)...), drop()))
+		}
 	}
 	return c
 }
@@ -235,15 +266,17 @@ func entry(proto byte, field uint16, chain string) nftables.SetElement {
 	}
 }
 
-// entries are the ways to all services' chains, outward and inward.
+// entries are the ways to all services' chains, outward and inward. Packets have
+// none inward: they come from the peers' own addresses.
 func (s Spec) entries() (out, in []nftables.SetElement) {
-	h := headerOf(s.V6)
 	for _, p := range s.Ports {
 		proto, _ := transport(p.Packet)
 		out = append(out, entry(proto, p.Service, p.chain("out")))
-		in = append(in, entry(proto, p.Endpoint, p.chain("in")))
+		if !p.Packet {
+			in = append(in, entry(proto, p.Endpoint, p.chain("in")))
+		}
 	}
-	return out, append(in, entry(h.icmp, uint16(h.unreachable)<<8|uint16(h.portUnreachable), unreachableChain))
+	return out, in
 }
 
 func (p Port) chain(direction string) string {
@@ -256,15 +289,13 @@ func (p Port) chain(direction string) string {
 
 // outward is for what leaves for a service's port: what goes to a peer is turned
 // to the peer's endpoint, what goes to one that is lost is refused, and neither
-// is tracked. What the sidecar hands the server passes, and so do its own
-// connections.
+// is tracked. The connections that the sidecar makes to the server, from
+// endpoints, pass.
 func (s Spec) outward(h header, p Port, of sets) chain {
 	_, checksum := transport(p.Packet)
-	c := chain{name: p.chain("out"), rules: [][]expr.Any{
-		rule(within(h.src, s.Range()), untracked(), accept()),
-	}}
+	c := chain{name: p.chain("out")}
 	if !p.Packet {
-		c.rules = append(c.rules, rule(is(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(Mark)...), accept()))
+		c.rules = append(c.rules, rule(within(h.src, s.Range()), untracked(), accept()))
 	}
 	turn := rule(h.find(h.dst, of.peers, reg1), h.setAddress(h.dst, reg1), setPort(dportOffset, p.Endpoint, checksum), untracked(), accept())
 	c.rules = append(c.rules, turn,
@@ -273,12 +304,12 @@ func (s Spec) outward(h header, p Port, of sets) chain {
 	return c
 }
 
-// inward is for what comes from a service's endpoints: it comes from the peers.
+// inward is for what comes from the endpoints of a stream service: it comes from
+// the peers.
 func (s Spec) inward(h header, p Port, of sets) chain {
 	_, checksum := transport(p.Packet)
 	return chain{name: p.chain("in"), rules: [][]expr.Any{
-		rule(within(h.src, s.Range()), h.find(h.src, of.back, reg1),
-			setPort(sportOffset, p.Service, checksum), h.setAddress(h.src, reg1)),
+		rule(h.find(h.src, of.back, reg1), setPort(sportOffset, p.Service, checksum), h.setAddress(h.src, reg1)),
 	}}
 }
 
@@ -290,21 +321,59 @@ const unreachableChain = "in_unreachable"
 // comes from the endpoint as all else does.
 func (s Spec) unreachable(h header, of sets) chain {
 	c := chain{name: unreachableChain}
-	const quoted uint32 = icmpHeader
-	quotedDst, quotedPort := quoted+h.dst, quoted+h.length+dportOffset
 	for _, p := range s.Ports {
 		if !p.Packet {
 			continue
 		}
-		proto, _ := transport(p.Packet)
-		var whole part // the quoted header has no options
-		if h.first != 0 {
-			whole = equals(th, quoted, h.first)
-		}
-		c.rules = append(c.rules, rule(whole, equals(th, quoted+h.next, proto), equals(th, quotedPort, port(p.Endpoint)...),
-			append(load(th, quotedDst, h.size, reg1), lookup(of.back, reg1)), // IPv6 does not send from an endpoint's address
-			store(th, quotedDst, h.size, reg1, icmpChecksum, 0), setPort(quotedPort, p.Service, icmpChecksum),
+		c.rules = append(c.rules, rule(equals(th, 0, h.unreachable, h.portUnreachable), h.quotes(p.Packet, dportOffset, p.Endpoint),
+			append(load(th, icmpHeader+h.dst, h.size, reg1), lookup(of.back, reg1)), // IPv6 does not send from an endpoint's address
+			store(th, icmpHeader+h.dst, h.size, reg1, icmpChecksum, 0), setPort(icmpHeader+h.length+dportOffset, p.Service, icmpChecksum),
 			h.setAddress(h.src, reg1)))
+	}
+	return c
+}
+
+// quotes matches an error message about a packet without options that has a port.
+func (h header) quotes(packet bool, portOffset uint32, p uint16) part {
+	proto, _ := transport(packet)
+	var whole part
+	if h.first != 0 {
+		whole = equals(th, icmpHeader, h.first)
+	}
+	return rule(whole, equals(th, icmpHeader+h.next, proto), equals(th, icmpHeader+h.length+portOffset, port(p)...))
+}
+
+const (
+	leavingChain = "post_leaving"
+	quotingChain = "post_quoting"
+)
+
+// leaving is for what leaves by any interface but loopback. What was turned does
+// not, as it would where the range is not local any more (IPv6's is not after `ip
+// link set lo down`), or from a socket that is bound to another interface; nor
+// does what the sidecar sends to the server in a peer's name, as it would where
+// the server's address is this host's no more.
+func (s Spec) leaving(h header) chain {
+	return chain{name: leavingChain, rules: [][]expr.Any{
+		rule(within(h.dst, s.Range()), drop()),
+		rule(marked(), is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), drop()),
+		rule(is(expr.MetaKeyL4PROTO, h.icmp), is(expr.MetaKeyIIF, 0, 0, 0, 0), proceed(quotingChain)), // none: it is made here
+	}}
+}
+
+// quoting keeps error messages in that quote what came through the sidecar: as
+// that has its peer's address, the kernel's answer to a packet for a server that
+// is down, or a firewall's that rejects it, would leave for the peer and show it
+// to the network. Of fragments nobody knows the ports.
+func (s Spec) quoting(h header, of sets) chain {
+	const reassembly = 1 // the code of "time exceeded" for fragments that were missed
+	c := chain{name: quotingChain}
+	for _, set := range []*nftables.Set{of.peers, of.lost} {
+		to := h.find(h.dst, set, reg1)
+		c.rules = append(c.rules, rule(equals(th, 0, h.exceeded, reassembly), to, drop()))
+		for _, p := range s.Ports {
+			c.rules = append(c.rules, rule(equals(th, 0, h.unreachable), h.quotes(p.Packet, sportOffset, p.Service), to, drop()))
+		}
 	}
 	return c
 }

@@ -1,7 +1,7 @@
 // Package ruleset is what redirect capture keeps in the kernel: one nftables
 // table, which turns what the local server sends to its peers to the sidecar's
-// endpoints, gives what the sidecar hands the server the peers' own addresses,
-// and refuses what must not leave plainly.
+// endpoints, makes what the sidecar hands the server come from the peers, and
+// refuses what must not leave plainly.
 //
 //	t := ruleset.New(ruleset.Spec{Listen: 8443, Ports: ports})
 //	state, err := t.Read() // what a sidecar before this one left
@@ -34,8 +34,9 @@ import (
 	"strings"
 )
 
-// Mark is the socket mark (SO_MARK) of connections that pass as they are: the
-// sidecar's own, which may lead to a peer's host.
+// Mark is the socket mark (SO_MARK) of the sidecar's own sockets. Their connections
+// pass as they are, though they may lead to a peer's host; their packets are those
+// of peers for the server, and get the port of the service.
 const Mark = 0x2c17
 
 // The addresses of endpoints come from these. IPv4's are local on every host.
@@ -53,6 +54,7 @@ type Port struct {
 	Packet   bool   // UDP, not TCP
 	Service  uint16 // on the peers' advertised addresses
 	Endpoint uint16 // where the sidecar takes it
+	Voice    uint16 // of a packet service: where the sidecar hands the server its packets from
 }
 
 // A Spec describes a table.

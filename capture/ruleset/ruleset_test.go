@@ -48,7 +48,7 @@ func families(t *testing.T) map[string]family {
 
 func (f family) spec() Spec {
 	return Spec{Listen: 8443, V6: f.v6, Ports: []Port{
-		{Packet: true, Service: servicePort, Endpoint: endpointPort}, {Service: servicePort, Endpoint: endpointPort},
+		{Packet: true, Service: servicePort, Endpoint: endpointPort, Voice: endpointPort}, {Service: servicePort, Endpoint: endpointPort},
 	}}
 }
 
@@ -292,24 +292,61 @@ func read(t *testing.T, c *net.UDPConn) (string, netip.AddrPort) {
 	return string(buf[:n]), netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 }
 
+// A sidecar is its socket for the packets of all peers.
+type sidecar struct{ *net.UDPConn }
+
+func listenSidecar(t *testing.T, f family) sidecar {
+	t.Helper()
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		level, option := unix.IPPROTO_IP, unix.IP_TRANSPARENT
+		if f.v6 {
+			level, option = unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT
+		}
+		var err error
+		_ = c.Control(func(fd uintptr) {
+			err = errors.Join(unix.SetsockoptInt(int(fd), level, option, 1), unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, Mark))
+		})
+		return err
+	}}
+	c, err := lc.ListenPacket(t.Context(), map[bool]string{false: "udp4", true: "udp6"}[f.v6], wildcard(f, endpointPort).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return sidecar{c.(*net.UDPConn)}
+}
+
+// deliver hands a packet of a peer's to a server of this host.
+func (s sidecar) deliver(from netip.Addr, to netip.AddrPort, payload []byte) error {
+	control := unix.PktInfo6(&unix.Inet6Pktinfo{Addr: from.As16()})
+	if from.Is4() {
+		control = unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: from.As4()})
+	}
+	_, _, err := s.WriteMsgUDPAddrPort(payload, control, to)
+	return err
+}
+
 // A server on all addresses talks to its peer's address, and to the endpoint in
 // truth; what comes back is the peer's. Datagrams may be of any size.
 func TestPacketsAreTurned(t *testing.T) {
 	for name, f := range families(t) {
 		t.Run(name, func(t *testing.T) {
 			server := listenUDP(t, wildcard(f, servicePort))
-			endpoint := listenUDP(t, netip.AddrPortFrom(f.endpoint, endpointPort)) // IPv6: before its prefix is local
+			endpoint := listenSidecar(t, f)
 			install(t, f.spec(), f.state())
-			for _, size := range []int{1, 1400, 8 << 10, 60000} {
+			for _, size := range []int{1, 1400, 8 << 10, 60000, 65480, 65487, 65507} {
+				if size == 65507 && f.v6 {
+					continue
+				}
 				payload := strings.Repeat("x", size)
 				if _, err := server.WriteToUDPAddrPort([]byte(payload), netip.AddrPortFrom(f.bob, servicePort)); err != nil {
 					t.Fatal(err)
 				}
-				got, from := read(t, endpoint)
+				got, from := read(t, endpoint.UDPConn)
 				if want := netip.AddrPortFrom(f.server, servicePort); got != payload || from != want {
 					t.Errorf("the endpoint got %d bytes from %v, want %d from %v", len(got), from, size, want)
 				}
-				if _, err := endpoint.WriteToUDPAddrPort([]byte(payload), netip.AddrPortFrom(f.server, servicePort)); err != nil {
+				if err := endpoint.deliver(f.bob, netip.AddrPortFrom(f.server, servicePort), []byte(payload)); err != nil {
 					t.Fatal(err)
 				}
 				got, from = read(t, server)

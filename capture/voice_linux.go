@@ -1,0 +1,137 @@
+package capture
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"culvert/capture/ruleset"
+)
+
+// A voice is a socket that hands packets to the local server in the names of
+// peers: it sends from their addresses, which are other hosts' (ip(7),
+// IP_TRANSPARENT), and is marked as one that may. Nothing is read from it, and so
+// it is none of those that the runtime waits for: each packet sent would wake the
+// waiting. It may be used from many goroutines.
+type voice struct {
+	port uint16 // that it sends from
+
+	mu sync.RWMutex // held for writing by close alone
+	fd int          // -1 once it is closed
+}
+
+// openVoice opens one on any port but those that are taken, as the server's are
+// before it runs. It takes CAP_NET_ADMIN.
+func openVoice(v6 bool, taken map[uint16]bool) (*voice, error) {
+	for {
+		v, err := newVoice(v6)
+		if err != nil || !taken[v.port] {
+			return v, err
+		}
+		defer v.close() // no sooner, so that the next one gets another port
+	}
+}
+
+func newVoice(v6 bool) (_ *voice, err error) {
+	domain, level, transparent, wildcard := unix.AF_INET, unix.IPPROTO_IP, unix.IP_TRANSPARENT, unix.Sockaddr(&unix.SockaddrInet4{})
+	if v6 {
+		domain, level, transparent, wildcard = unix.AF_INET6, unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, &unix.SockaddrInet6{}
+	}
+	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	defer func() {
+		if err != nil {
+			_ = unix.Close(fd)
+		}
+	}()
+	for _, option := range [][3]int{
+		{level, transparent, 1},
+		{unix.SOL_SOCKET, unix.SO_MARK, ruleset.Mark},
+		{unix.SOL_SOCKET, unix.SO_SNDBUF, udpBuffer},
+		{unix.SOL_SOCKET, unix.SO_RCVBUF, 0}, // what comes is not read; the kernel makes it the least there is
+	} {
+		if err := unix.SetsockoptInt(fd, option[0], option[1], option[2]); err != nil {
+			return nil, fmt.Errorf("let a socket send from peers' addresses: %w", os.NewSyscallError("setsockopt", err))
+		}
+	}
+	if v6 {
+		if err := unix.SetsockoptInt(fd, level, unix.IPV6_V6ONLY, 1); err != nil {
+			return nil, os.NewSyscallError("setsockopt", err)
+		}
+	}
+	if err := unix.Bind(fd, wildcard); err != nil {
+		return nil, os.NewSyscallError("bind", err)
+	}
+	at, err := unix.Getsockname(fd)
+	if err != nil {
+		return nil, os.NewSyscallError("getsockname", err)
+	}
+	v := &voice{fd: fd}
+	switch at := at.(type) {
+	case *unix.SockaddrInet4:
+		v.port = uint16(at.Port) //nolint:gosec // a port
+	case *unix.SockaddrInet6:
+		v.port = uint16(at.Port) //nolint:gosec // a port
+	}
+	return v, nil
+}
+
+// send sends a packet to an address, from the one that control names. It does not
+// block, allocates nothing and does not keep what it is given.
+func (v *voice) send(payload, control, to []byte) error {
+	h := unix.Msghdr{Name: &to[0], Namelen: uint32(len(to)), Control: &control[0]} //nolint:gosec // a few bytes
+	h.SetControllen(len(control))
+	var data unix.Iovec
+	if len(payload) > 0 {
+		data.Base = &payload[0]
+		data.SetLen(len(payload))
+	}
+	h.Iov = &data
+	h.SetIovlen(1)
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	if v.fd < 0 {
+		return net.ErrClosed
+	}
+	for {
+		_, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(v.fd), uintptr(unsafe.Pointer(&h)), unix.MSG_DONTWAIT) //nolint:gosec // as rule 4 of package unsafe has it
+		switch errno {
+		case 0:
+			return nil
+		case unix.EINTR:
+			continue
+		}
+		return os.NewSyscallError("sendmsg", errno)
+	}
+}
+
+func (v *voice) close() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.fd >= 0 {
+		_ = unix.Close(v.fd)
+		v.fd = -1
+	}
+}
+
+// sockaddr is an address as the kernel takes it: struct sockaddr_in of ip(7), or
+// sockaddr_in6 of ipv6(7).
+func sockaddr(a netip.AddrPort) []byte {
+	size, family, at := unix.SizeofSockaddrInet4, uint16(unix.AF_INET), 4
+	if a.Addr().Is6() {
+		size, family, at = unix.SizeofSockaddrInet6, unix.AF_INET6, 8
+	}
+	b := make([]byte, size)
+	binary.NativeEndian.PutUint16(b, family)
+	binary.BigEndian.PutUint16(b[2:], a.Port())
+	copy(b[at:], a.Addr().AsSlice())
+	return b
+}
