@@ -45,11 +45,15 @@ func (k Key) Compare(o Key) int {
 // A Mode is how a datacenter is reached.
 type Mode string
 
-// The modes of the configuration.
+// The modes. The first three are the configuration's; the last one is for what is
+// known from the federation.
 const (
 	ModeLocal  Mode = "local"  // through the gateways of the own datacenter
 	ModeRemote Mode = "remote" // through the gateways of the other datacenter
 	ModeDirect Mode = "direct" // straight to the peer's sidecar
+	// ModeAuto is all ways through gateways, in this order: the own
+	// datacenter's, the other's, and Fallback.
+	ModeAuto Mode = "auto"
 )
 
 // A Peer is another server of the federation, in whatever datacenter.
@@ -59,21 +63,34 @@ type Peer struct {
 	Advertise netip.Addr
 	// Address is its sidecar, host:port; "" where it is not reached directly.
 	Address string
+	// Critical is a peer that is known to have stopped renewing its entry. It
+	// still exists, and may be dialled.
+	Critical bool
 }
 
-// A Datacenter is another datacenter.
+// A Datacenter is another datacenter. A gateway is host:port, or "srv:NAME" for
+// what the SRV records of a name lead to.
 type Datacenter struct {
-	Name     string
-	Gateways []string // host:port each
-	Mode     Mode
+	Name string
+	Mode Mode
+	// Gateways are those of the configuration, Replicated those that the
+	// datacenter itself has published. They count together: what is replicated
+	// takes no configured one away.
+	Gateways, Replicated []string
+	// Fallback is for ModeAuto alone: the gateways by which the primary
+	// datacenter was found at first, "primary_gateways" of the configuration.
+	Fallback []string
 }
 
 // A Snapshot is all that is known at one moment.
 type Snapshot struct {
 	Self        Key
-	Gateways    []string // of the own datacenter, host:port each
+	Gateways    []string // of the own datacenter, as those of a Datacenter
 	Peers       []Peer   // in the order of their keys, which New and Store see to
 	Datacenters []Datacenter
+	// Join are sidecars of the own datacenter, host:port each, whose nodes need
+	// not be known: any of them will do for what any server can do.
+	Join []string
 }
 
 // Peer finds a peer by its key.
@@ -87,11 +104,36 @@ func (s *Snapshot) Peer(k Key) (Peer, bool) {
 
 // Datacenter finds a datacenter by its name.
 func (s *Snapshot) Datacenter(name string) (Datacenter, bool) {
-	i := slices.IndexFunc(s.Datacenters, func(d Datacenter) bool { return d.Name == name })
-	if i < 0 {
-		return Datacenter{}, false
+	for i := range s.Datacenters {
+		if s.Datacenters[i].Name == name {
+			return s.Datacenters[i], true
+		}
 	}
-	return s.Datacenters[i], true
+	return Datacenter{}, false
+}
+
+// Knows tells whether anything is known of a datacenter: it is the own one, it is
+// among Datacenters, or it has a peer.
+func (s *Snapshot) Knows(datacenter string) bool {
+	if datacenter == "" {
+		return false
+	}
+	if _, ok := s.Datacenter(datacenter); ok || datacenter == s.Self.Datacenter {
+		return true
+	}
+	return len(s.In(datacenter)) > 0
+}
+
+// In returns the peers of a datacenter. They must not be changed.
+func (s *Snapshot) In(datacenter string) []Peer {
+	at := func(p Peer, name string) int { return strings.Compare(p.Datacenter, name) }
+	from, _ := slices.BinarySearchFunc(s.Peers, datacenter, at)
+	rest := s.Peers[from:]
+	n := slices.IndexFunc(rest, func(p Peer) bool { return p.Datacenter != datacenter })
+	if n < 0 {
+		n = len(rest)
+	}
+	return rest[:n:n]
 }
 
 // A Catalog holds the snapshot in force. Make one with [New].

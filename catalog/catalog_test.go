@@ -60,3 +60,35 @@ func TestChangedIsClosedByTheNextStore(t *testing.T) {
 		t.Error("Changed returns the closed channel")
 	}
 }
+
+func TestDatacentersThatAreKnown(t *testing.T) {
+	s := New(&Snapshot{
+		Self: Key{"dc2", "alice"},
+		Peers: []Peer{
+			{Key: Key{"dc3", "bob"}}, {Key: Key{"dc5", "b"}}, {Key: Key{"dc5", "a"}}, {Key: Key{"dc1", "amy"}},
+		},
+		Datacenters: []Datacenter{{Name: "dc4", Mode: ModeAuto}},
+	}).Load()
+	for dc, want := range map[string]int{"dc1": 1, "dc2": 0, "dc3": 1, "dc4": 0, "dc5": 2} {
+		if !s.Knows(dc) {
+			t.Errorf("%s is not known", dc)
+		}
+		in := s.In(dc)
+		if len(in) != want {
+			t.Errorf("%v are in %s", in, dc)
+		}
+		for _, p := range in {
+			if p.Datacenter != dc {
+				t.Errorf("%s is in %s", p, dc)
+			}
+		}
+	}
+	for _, dc := range []string{"", "dc", "dc6", "dc11"} {
+		if s.Knows(dc) || len(s.In(dc)) > 0 {
+			t.Errorf("%q is known", dc)
+		}
+	}
+	if empty := (&Snapshot{}); empty.Knows("") || len(empty.In("dc1")) > 0 {
+		t.Error("something is known of nothing")
+	}
+}

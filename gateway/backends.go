@@ -13,7 +13,7 @@ import (
 // A pool dials one of several addresses that serve the same;
 // [locator.Pool] is one.
 type pool interface {
-	Set(endpoints []string)
+	Set(endpoints []locator.Endpoint)
 	Dial(ctx context.Context) (net.Conn, string, error)
 	Report(endpoint string, err error)
 	Status() []locator.EndpointStatus
@@ -88,10 +88,10 @@ func (b *backends) set(r *routes, m *metrics) {
 		switch {
 		case be == nil:
 			be = &backend{pool: b.newPool(), flow: m.to(key.datacenter), open: make(map[string]int)}
-			be.pool.Set(addresses)
+			be.pool.Set(locator.Configured(addresses...))
 			b.start(be)
 		case !slices.Equal(addresses, old.routes.backends[key]):
-			be.pool.Set(addresses)
+			be.pool.Set(locator.Configured(addresses...))
 		}
 		next.backends[key] = be
 	}

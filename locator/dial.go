@@ -1,15 +1,12 @@
 package locator
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -29,43 +26,48 @@ const (
 )
 
 // ErrNoEndpoint is returned by a dial of a pool that has none.
-var ErrNoEndpoint = errors.New("no endpoint is configured")
+var ErrNoEndpoint = errors.New("no endpoint is known")
 
 // Dial connects to an endpoint and tells which. It tries all of them, and all
 // their addresses, before it gives up. As long as some did merely not answer, or
 // were out of reach, it goes on until ctx ends, so ctx should; when all have
 // refused it fails at once.
 func (p *Pool) Dial(ctx context.Context) (net.Conn, string, error) {
-	return p.DialAvoiding(ctx, nil)
+	c, won, err := dialAny(ctx, []tier{{pool: p}}, nil)
+	if err != nil {
+		return nil, "", err
+	}
+	return c, won.known.Endpoint, nil
 }
 
-// DialAvoiding is Dial, with the endpoints that avoid reports tried last among
-// those of the same health.
-func (p *Pool) DialAvoiding(ctx context.Context, avoid func(endpoint string) bool) (net.Conn, string, error) {
+// dialAny is Dial over several pools: the endpoints of all of them are in one race,
+// so that a tier that does not answer holds up the next one no longer than one
+// endpoint does another. What avoid has is tried later.
+func dialAny(ctx context.Context, tiers []tier, avoid map[string]time.Time) (net.Conn, entrant, error) {
 	var last error
 	for {
 		round := time.Now()
-		order := p.order(avoid)
+		order := order(tiers, avoid)
 		if len(order) == 0 {
-			return nil, "", ErrNoEndpoint
+			return nil, entrant{}, ErrNoEndpoint
 		}
 		winner, outcomes := race(ctx, len(order), func(ctx context.Context, i int) (net.Conn, error) {
-			return p.attempt(ctx, order[i])
+			return order[i].pool.attempt(ctx, order[i].endpoint)
 		})
 		for i, o := range outcomes {
 			if known, err := o.verdict(ctx); known {
-				p.note(order[i], err)
+				order[i].pool.note(order[i].endpoint, err)
 			}
 		}
 		if winner >= 0 {
-			return outcomes[winner].conn, order[winner].address, nil
+			return outcomes[winner].conn, order[winner], nil
 		}
 		again, err := summary(order, outcomes)
 		if ctx.Err() == nil || last == nil {
 			last = err // what a cut-off round says is less than the one before
 		}
 		if !again || !pause.For(ctx, leastRound-time.Since(round)) {
-			return nil, "", last
+			return nil, entrant{}, last
 		}
 	}
 }
@@ -93,10 +95,10 @@ func joined(errs []error) error {
 
 // summary joins what the endpoints' attempts ended with, and tells whether to
 // try again.
-func summary(order []*endpoint, outcomes []outcome) (again bool, err error) {
+func summary(order []entrant, outcomes []outcome) (again bool, err error) {
 	errs := make([]error, len(outcomes))
 	for i, o := range outcomes {
-		errs[i] = fmt.Errorf("dial %s: %w", order[i].address, o.err)
+		errs[i] = fmt.Errorf("dial %s: %w", order[i].known.Endpoint, o.err)
 		again = again || isAway(o.err)
 	}
 	return again, joined(errs)
@@ -128,95 +130,91 @@ func isUnreachable(err error) bool {
 	return false
 }
 
-// order is how the endpoints are to be tried: healthy ones first, of two at
-// random the better one first of all, then those to avoid or unhealthy.
-func (p *Pool) order(avoid func(string) bool) []*endpoint {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	order := slices.Clone(p.endpoints)
-	shuffle(order)
-	class := func(e *endpoint) int {
-		n := 0
-		if !e.healthy {
-			n += 2
-		}
-		if avoid != nil && avoid(e.address) {
-			n++
-		}
-		return n
-	}
-	slices.SortStableFunc(order, func(a, b *endpoint) int { return cmp.Compare(class(a), class(b)) })
-	if len(order) > 1 && class(order[0]) == class(order[1]) && order[1].better(order[0]) {
-		order[0], order[1] = order[1], order[0]
-	}
-	return order
-}
-
-func shuffle[T any](s []T) {
-	rand.Shuffle(len(s), func(i, j int) { s[i], s[j] = s[j], s[i] }) //nolint:gosec // spreads load: nothing depends on it being secret
-}
-
-// better compares two endpoints by what they have to do now, and by how quick
-// they were where one was at least a third quicker.
-func (e *endpoint) better(than *endpoint) bool {
-	if e.dialing != than.dialing {
-		return e.dialing < than.dialing
-	}
-	return e.latency > 0 && e.latency*3/2 < than.latency
-}
-
 // attempt dials one endpoint, all its addresses if need be.
 func (p *Pool) attempt(ctx context.Context, e *endpoint) (net.Conn, error) {
 	dialing := func(n int) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		e.dialing += n
+		if p.o.OnDemand {
+			p.used = time.Now()
+		}
 	}
 	dialing(1)
 	defer dialing(-1)
-	addrs, err := p.addresses(ctx, e)
+	addrs, err := p.addresses(ctx, e, attemptTimeout)
 	if err != nil {
 		return nil, err
 	}
 	winner, outcomes := race(ctx, len(addrs), func(ctx context.Context, i int) (net.Conn, error) {
-		return p.connect(ctx, addrs[i], attemptTimeout)
+		return p.connect(ctx, e, addrs[i], attemptTimeout)
 	})
 	errs := make([]error, len(outcomes))
 	for i, o := range outcomes {
 		errs[i] = o.err
 		if known, err := o.verdict(ctx); known {
-			p.learn(e, addrs[i].Addr(), o.took, err)
+			p.learn(e, addrs[i], o.took, err)
 		}
 	}
 	if winner >= 0 {
 		return outcomes[winner].conn, nil
 	}
-	p.o.Resolver.Forget(e.host) // its addresses may have changed
+	p.forget(e)
 	return nil, joined(errs)
 }
 
-func (p *Pool) connect(ctx context.Context, to netip.AddrPort, timeout time.Duration) (net.Conn, error) {
+// forget lets an endpoint be looked up again: its addresses may have changed.
+func (p *Pool) forget(e *endpoint) {
+	if !e.literal.IsValid() {
+		p.o.Resolver.Forget(e.address)
+	}
+}
+
+func (p *Pool) connect(ctx context.Context, e *endpoint, to netip.AddrPort, timeout time.Duration) (net.Conn, error) {
+	if err := p.forbidden(e, to); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	return p.o.Dial(ctx, "tcp", to.String())
 }
 
-// addresses returns an endpoint's addresses, at least one, in the order in which
-// to try them: at random, those that failed last.
-func (p *Pool) addresses(ctx context.Context, e *endpoint) ([]netip.AddrPort, error) {
-	port, err := strconv.ParseUint(e.port, 10, 16)
-	if err != nil {
-		return nil, fmt.Errorf("read port of %s: %w", e.address, err)
+// forbidden tells why an address of an endpoint must not be connected to.
+func (p *Pool) forbidden(e *endpoint, a netip.AddrPort) error {
+	if p.o.Forbid == nil {
+		return nil
 	}
-	answer, err := p.o.Resolver.Lookup(ctx, e.host)
+	p.mu.Lock()
+	foreign := e.replicated && !e.configured
+	p.mu.Unlock()
+	if !foreign {
+		return nil
+	}
+	if err := p.o.Forbid(netip.AddrPortFrom(a.Addr().Unmap(), a.Port())); err != nil {
+		return fmt.Errorf("%s is forbidden to replicated state: %w", a, err)
+	}
+	return nil
+}
+
+// addresses returns an endpoint's addresses, at least one, in the order in which
+// to try them: at random, or as a service has them; those that failed last. A
+// look-up that takes longer than timeout goes on, for the next call.
+func (p *Pool) addresses(ctx context.Context, e *endpoint, timeout time.Duration) ([]netip.AddrPort, error) {
+	if e.literal.IsValid() {
+		return []netip.AddrPort{e.literal}, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	addrs, err := p.o.Resolver.Addresses(ctx, e.address)
 	if err != nil {
 		return nil, err
 	}
-	if len(answer.Addrs) == 0 {
-		return nil, fmt.Errorf("resolve %s: no address", e.host)
+	if len(addrs) == 0 {
+		return nil, fmt.Errorf("resolve %s: no address", e.address)
 	}
-	addrs := slices.Clone(answer.Addrs)
-	shuffle(addrs)
+	if !e.service {
+		shuffle(addrs)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for a := range e.failed {
@@ -224,20 +222,24 @@ func (p *Pool) addresses(ctx context.Context, e *endpoint) ([]netip.AddrPort, er
 			delete(e.failed, a)
 		}
 	}
-	out := make([]netip.AddrPort, 0, len(addrs))
-	for _, failed := range []bool{false, true} {
-		for _, a := range addrs {
-			if e.failed[a] == failed {
-				out = append(out, netip.AddrPortFrom(a, uint16(port)))
-			}
-		}
+	slices.SortStableFunc(addrs, func(a, b netip.AddrPort) int { return less(e.failed[b], e.failed[a]) })
+	return addrs, nil
+}
+
+// less orders what has a quality before what has not.
+func less(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return -1
 	}
-	return out, nil
+	return 1
 }
 
 // learn keeps how connecting to one address of an endpoint went: well if err is
 // nil, and then how quickly.
-func (p *Pool) learn(e *endpoint, a netip.Addr, took time.Duration, err error) {
+func (p *Pool) learn(e *endpoint, a netip.AddrPort, took time.Duration, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err != nil {

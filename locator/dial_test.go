@@ -134,7 +134,7 @@ func TestBlackoutOfSeveral(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNetwork(map[string]way{"10.0.0.1:1": silent, "10.0.0.2:1": silent, "10.0.0.3:1": silent, gw3: silent})
 		p := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{addrs: map[string][]string{"gw": {"10.0.0.1", "10.0.0.2", "10.0.0.3"}}}})
-		p.Set([]string{"gw:1", gw3})
+		p.Set(Configured("gw:1", gw3))
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
 		if _, _, err := p.Dial(ctx); err == nil {
@@ -160,7 +160,7 @@ func TestCutOffIsTriedAgain(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			n := newNetwork(map[string]way{"10.0.0.1:1": cutOff, "10.0.0.2:1": cutOff, "[2001:db8::1]:1": cutOff})
 			p := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{addrs: map[string][]string{"gw": addrs}}})
-			p.Set([]string{"gw:1"})
+			p.Set(Configured("gw:1"))
 			time.AfterFunc(5100*time.Millisecond, func() { n.set("10.0.0.1:1", answers) })
 			if _, took := dial(t, p); took < 5100*time.Millisecond || took > 5100*time.Millisecond+leastRound {
 				t.Errorf("connected after %v", took)
@@ -178,7 +178,7 @@ func TestRefusedBesideAnAddressOutOfReach(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNetwork(map[string]way{"[2001:db8::1]:1": cutOff})
 		p := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{addrs: map[string][]string{"gw": {"10.0.0.1", "2001:db8::1"}}}})
-		p.Set([]string{"gw:1"})
+		p.Set(Configured("gw:1"))
 		began := time.Now()
 		if _, _, err := p.Dial(t.Context()); !errors.Is(err, syscall.ECONNREFUSED) || time.Since(began) != 0 {
 			t.Errorf("Dial after %v: %v", time.Since(began), err)
@@ -291,7 +291,7 @@ func TestAllAnswersAreTried(t *testing.T) {
 		n := newNetwork(map[string]way{"10.0.0.1:1": silent, "10.0.0.2:1": refuses, "10.0.0.3:1": answers, "10.0.0.9:1": answers})
 		r := &names{addrs: map[string][]string{"gw": {"10.0.0.1", "10.0.0.2", "10.0.0.3"}}}
 		p := NewPool(PoolOptions{Dial: n.dial, Resolver: r})
-		p.Set([]string{"gw:1"})
+		p.Set(Configured("gw:1"))
 		for range 50 { // until each dead address has been tried once
 			if _, took := dial(t, p); took != 0 && took != hedgeAfter {
 				t.Fatalf("took %v", took)
@@ -329,12 +329,12 @@ func TestNameThatMovedAway(t *testing.T) {
 		n := newNetwork(map[string]way{"10.0.0.1:1": silent, "10.0.0.2:1": answers})
 		r := &names{addrs: map[string][]string{"gw": {"10.0.0.1"}}}
 		p := NewPool(PoolOptions{Dial: n.dial, Resolver: r})
-		p.Set([]string{"gw:1"})
+		p.Set(Configured("gw:1"))
 		time.AfterFunc(1500*time.Millisecond, func() { r.set("gw", "10.0.0.2") })
 		if _, took := dial(t, p); took != 2*attemptTimeout {
 			t.Errorf("took %v", took)
 		}
-		if !slices.Equal(r.forgot, []string{"gw", "gw"}) {
+		if !slices.Equal(r.forgot, []string{"gw:1", "gw:1"}) {
 			t.Errorf("forgot %v", r.forgot)
 		}
 	})
@@ -344,7 +344,7 @@ func TestAddressesThatCannotBeDialled(t *testing.T) {
 	for _, address := range []string{"10.0.0.1", "10.0.0.1:http", "10.0.0.1:70000", "empty:1"} {
 		synctest.Test(t, func(t *testing.T) {
 			p := NewPool(PoolOptions{Dial: newNetwork(nil).dial, Resolver: &names{addrs: map[string][]string{"empty": nil}}})
-			p.Set([]string{address})
+			p.Set(Configured(address))
 			if _, _, err := p.Dial(t.Context()); err == nil || !strings.Contains(err.Error(), address) {
 				t.Errorf("Dial of %s: %v", address, err)
 			}
@@ -359,7 +359,7 @@ func TestSetKeepsWhatStays(t *testing.T) {
 		p.Report(gw1, errors.New("down"))
 		since := p.Status()[0].Since
 		time.Sleep(time.Second)
-		p.Set([]string{gw3, gw1, gw3})
+		p.Set(Configured(gw3, gw1, gw3))
 		wantHealth(t, p, gw3+" up, "+gw1+" down")
 		if got := p.Status()[1].Since; !got.Equal(since) {
 			t.Errorf("since %v, want %v", got, since)
@@ -376,8 +376,8 @@ func TestSetUnderADial(t *testing.T) {
 		n := newNetwork(map[string]way{gw1: silent, gw2: answers})
 		core, logs := observer.New(zap.InfoLevel)
 		p := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{}, Log: zap.New(core)})
-		p.Set([]string{gw1})
-		time.AfterFunc(500*time.Millisecond, func() { p.Set([]string{gw2}) })
+		p.Set(Configured(gw1))
+		time.AfterFunc(500*time.Millisecond, func() { p.Set(Configured(gw2)) })
 		if endpoint, took := dial(t, p); endpoint != gw2 || took != attemptTimeout {
 			t.Errorf("came out at %s after %v", endpoint, took)
 		}

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -132,36 +133,54 @@ func (c *conn) Close() error {
 	return nil
 }
 
-// names is a resolver. Literals are themselves; a name that it does not have
-// takes until ctx ends.
+// names is a resolver. A name that it does not have takes until ctx ends; a
+// service is what it has for "srv:NAME", with ports.
 type names struct {
 	mu     sync.Mutex
 	addrs  map[string][]string
 	forgot []string
 }
 
-func (r *names) Lookup(ctx context.Context, host string) (resolve.Answer, error) {
-	if a, err := netip.ParseAddr(host); err == nil {
-		return resolve.Answer{Addrs: []netip.Addr{a}}, nil
+func (r *names) Addresses(ctx context.Context, endpoint string) ([]netip.AddrPort, error) {
+	if a := r.Known(endpoint); a != nil {
+		return a, nil
+	}
+	host, port, err := net.SplitHostPort(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return nil, err
+	}
+	<-ctx.Done()
+	return nil, fmt.Errorf("resolve %s: %w", host, ctx.Err())
+}
+
+func (r *names) Known(endpoint string) []netip.AddrPort {
+	host, port, err := net.SplitHostPort(endpoint)
+	if resolve.IsService(endpoint) {
+		host, port, err = endpoint, "", nil
 	}
 	r.mu.Lock()
 	texts, ok := r.addrs[host]
 	r.mu.Unlock()
-	if !ok {
-		<-ctx.Done()
-		return resolve.Answer{}, fmt.Errorf("resolve %s: %w", host, ctx.Err())
+	if err != nil || !ok {
+		return nil
 	}
-	var a resolve.Answer
+	addrs := []netip.AddrPort{}
 	for _, text := range texts {
-		a.Addrs = append(a.Addrs, netip.MustParseAddr(text))
+		if port != "" {
+			text = net.JoinHostPort(text, port)
+		}
+		addrs = append(addrs, netip.MustParseAddrPort(text))
 	}
-	return a, nil
+	return addrs
 }
 
-func (r *names) Forget(host string) {
+func (r *names) Forget(endpoint string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.forgot = append(r.forgot, host)
+	r.forgot = append(r.forgot, endpoint)
 }
 
 func (r *names) set(host string, addrs ...string) {
@@ -173,7 +192,7 @@ func (r *names) set(host string, addrs ...string) {
 // newPool returns a pool on a network.
 func newPool(n *network, endpoints ...string) *Pool {
 	p := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{}})
-	p.Set(endpoints)
+	p.Set(Configured(endpoints...))
 	return p
 }
 

@@ -1,5 +1,5 @@
 // Package locator finds a way to a peer's sidecar: straight, through the own
-// datacenter's gateways or through the other's.
+// datacenter's gateways, through the other's, or whichever of these works.
 //
 //	l, err := locator.New(catalog, locator.Options{Metrics: m})
 //	go l.Run(ctx)
@@ -8,9 +8,14 @@
 //	l.Report(bob, path, handshakeErr)
 //
 // A [Locator] follows the catalog. Gateways are kept in pools, one for each set
-// that is dialled; see [Pool] for how one of them is chosen. That a path failed
-// behind a gateway that took the connection says little about the gateway: it
-// is avoided for that peer for a while, and for no other.
+// that is dialled; see [Pool] for how one of them is chosen. With
+// [catalog.ModeAuto] several pools are tiers of one dial: that is an order and no
+// filter, so what is further down is tried when what is above fails. That a path
+// failed behind a gateway that took the connection says little about the gateway:
+// it is avoided for that peer for a while, and for no other.
+//
+// A peer without a node means any server of its datacenter. [Locator.Explain]
+// tells how a peer would be dialled now, and why.
 //
 // Both types are for any number of goroutines. The connections they return are
 // bare TCP: who is at the other end is not their business.
@@ -19,12 +24,12 @@ package locator
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"net"
+	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
-	"time"
 
 	"go.uber.org/zap"
 
@@ -34,14 +39,11 @@ import (
 
 // The kinds of [Path].
 const (
-	KindDirect = "direct" // straight to the peer's sidecar
-	KindLocal  = "local"  // through a gateway of the own datacenter
-	KindRemote = "remote" // through a gateway of the peer's datacenter
+	KindDirect  = "direct"  // straight to the peer's sidecar
+	KindLocal   = "local"   // through a gateway of the own datacenter
+	KindRemote  = "remote"  // through a gateway of the peer's datacenter
+	KindPrimary = "primary" // through one of the Fallback gateways of the peer's datacenter
 )
-
-// avoidFor is how long a gateway is avoided for a peer that was not reached
-// through it.
-const avoidFor = 10 * time.Second
 
 // ErrUnknownPeer is returned for a peer that the catalog does not have.
 var ErrUnknownPeer = errors.New("the catalog has no such peer")
@@ -52,23 +54,28 @@ type Options struct {
 	Resolver Resolver
 	Control  func(network, address string, c syscall.RawConn) error
 	Dial     func(ctx context.Context, network, address string) (net.Conn, error)
+	Forbid   func(netip.AddrPort) error
 	Log      *zap.Logger
 	Metrics  *Metrics
 }
 
 // A Path is how a connection reaches a peer.
 type Path struct {
-	Kind    string // direct, local or remote
-	Gateway string // as configured; "" for direct, or before the first dial
+	Kind string // direct, local, remote or primary
+	// Gateway is the gateway as configured; "" for direct, or before the first
+	// dial. Of a direct path to any server of a datacenter it is the sidecar.
+	Gateway string
 	Address string // what was dialled, ip:port; "" before the first dial
 }
 
 // GatewayStatus is what is known of one gateway.
 type GatewayStatus struct {
 	Address    string // as configured
-	Datacenter string // whose gateway it is
+	Datacenter string // whose gateway it is, or is a fallback for
 	Healthy    bool
 	LastError  string
+	Replicated bool   // replicated state names it, perhaps besides the configuration
+	Kind       string // local, remote or primary
 }
 
 // A Locator dials peers. Make one with [New].
@@ -80,23 +87,11 @@ type Locator struct {
 	mu      sync.Mutex
 	seen    *catalog.Snapshot // what the pools were made from
 	pools   map[poolKey]*pool
-	last    map[catalog.Key]Path                 // of the newest dial
-	avoid   map[catalog.Key]map[string]time.Time // gateways, and until when
-	ctx     context.Context                      // Run's, for pools made later
+	last    map[catalog.Key]Path       // of the newest dial; of peers, and of any server
+	avoid   map[catalog.Key]*avoidance // what led nowhere
+	ctx     context.Context            // Run's, for pools made later
 	running sync.WaitGroup
 	ended   bool
-}
-
-// A poolKey is a datacenter's gateways, or one peer's sidecar.
-type poolKey struct {
-	kind       string
-	datacenter string // of the gateways
-	peer       catalog.Key
-}
-
-type pool struct {
-	*Pool
-	stop context.CancelFunc // nil until it runs
 }
 
 // New returns a locator for a catalog.
@@ -106,7 +101,7 @@ func New(c *catalog.Catalog, o Options) (*Locator, error) {
 	}
 	l := &Locator{
 		catalog: c, pools: make(map[poolKey]*pool), last: make(map[catalog.Key]Path),
-		avoid: make(map[catalog.Key]map[string]time.Time),
+		avoid: make(map[catalog.Key]*avoidance),
 	}
 	if o.Metrics == nil {
 		o.Metrics = NewMetrics(nil)
@@ -123,82 +118,41 @@ func New(c *catalog.Catalog, o Options) (*Locator, error) {
 }
 
 // Dial connects to a peer's sidecar, or to a gateway on the way to it, and goes
-// on trying as [Pool.Dial] does.
+// on trying as [Pool.Dial] does. A peer without a node is any server of its
+// datacenter. In another datacenter that the catalog knows, a node that it does not
+// know is dialled like the others: whether there is one is decided there.
 func (l *Locator) Dial(ctx context.Context, to catalog.Key) (net.Conn, Path, error) {
 	l.mu.Lock()
 	l.refresh()
-	key, err := l.route(to)
-	p := l.pools[key]
+	tiers, err := l.route(to)
+	avoid := l.avoided(to)
 	l.mu.Unlock()
 	if err != nil {
 		return nil, Path{}, err
 	}
-	c, endpoint, err := p.DialAvoiding(ctx, l.avoided(to))
-	l.o.Metrics.dialled(key.kind, err == nil)
+	c, won, err := dialAny(ctx, tiers, avoid)
 	if err != nil {
+		l.o.Metrics.dialled(tiers[0].kind, false)
 		return nil, Path{}, err
 	}
-	path := Path{Kind: key.kind, Address: c.RemoteAddr().String()}
-	if key.kind != KindDirect {
-		path.Gateway = endpoint
+	path := Path{Kind: tiers[won.tier].kind, Address: c.RemoteAddr().String()}
+	if path.Kind != KindDirect || to.Node == "" {
+		path.Gateway = won.known.Endpoint
 	}
+	l.o.Metrics.dialled(path.Kind, true)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if _, known := l.seen.Peer(to); known { // or it left meanwhile
+	_, known := l.seen.Peer(to)
+	if known || to.Node == "" && l.seen.Knows(to.Datacenter) { // or it left meanwhile
 		l.last[to] = path
 	}
 	return c, path, nil
 }
 
-// route tells which pool leads to a peer. Called with mu held.
-func (l *Locator) route(to catalog.Key) (poolKey, error) {
-	if _, ok := l.seen.Peer(to); !ok {
-		return poolKey{}, fmt.Errorf("find %s: %w (a peer block names it)", to, ErrUnknownPeer)
-	}
-	mode := catalog.ModeDirect
-	if to.Datacenter != l.seen.Self.Datacenter {
-		d, ok := l.seen.Datacenter(to.Datacenter)
-		if mode = d.Mode; !ok {
-			mode = catalog.ModeLocal
-		}
-	}
-	key, lacking := poolKey{kind: KindDirect, peer: to}, "address of its peer block"
-	switch mode {
-	case catalog.ModeLocal:
-		key, lacking = poolKey{kind: KindLocal, datacenter: l.seen.Self.Datacenter}, "gateways"
-	case catalog.ModeRemote:
-		key, lacking = poolKey{kind: KindRemote, datacenter: to.Datacenter}, fmt.Sprintf("gateways of datacenter %q", to.Datacenter)
-	default:
-	}
-	if l.pools[key] == nil {
-		return poolKey{}, fmt.Errorf("find a path to %s: %s: not configured", to, lacking)
-	}
-	return key, nil
-}
-
-// wanted returns the endpoints of each pool that a snapshot asks for.
-func wanted(s *catalog.Snapshot) map[poolKey][]string {
-	out := make(map[poolKey][]string)
-	if len(s.Gateways) > 0 {
-		out[poolKey{kind: KindLocal, datacenter: s.Self.Datacenter}] = s.Gateways
-	}
-	for _, d := range s.Datacenters {
-		if d.Mode == catalog.ModeRemote && len(d.Gateways) > 0 {
-			out[poolKey{kind: KindRemote, datacenter: d.Name}] = d.Gateways
-		}
-	}
-	for _, p := range s.Peers {
-		if p.Address != "" {
-			out[poolKey{kind: KindDirect, peer: p.Key}] = []string{p.Address}
-		}
-	}
-	return out
-}
-
 // refresh makes the pools those of the catalog's snapshot. Called with mu held.
 func (l *Locator) refresh() {
-	now := l.catalog.Load()
-	if now == l.seen {
+	before, now := l.seen, l.catalog.Load()
+	if now == before {
 		return
 	}
 	l.seen = now
@@ -206,14 +160,14 @@ func (l *Locator) refresh() {
 	for key, endpoints := range wanted {
 		p := l.pools[key]
 		if p == nil {
-			p = &pool{Pool: NewPool(PoolOptions{
-				Resolver: l.o.Resolver, Control: l.o.Control, Dial: l.o.Dial, Log: l.o.Log, Metrics: l.o.Metrics,
-				NoProbe: key.kind == KindDirect,
-			})}
+			p = l.newPool(key)
 			l.pools[key] = p
 			l.start(p)
 		}
-		p.Set(endpoints)
+		if !slices.Equal(p.given, endpoints) {
+			p.given = endpoints
+			p.Set(endpoints)
+		}
 	}
 	for key, p := range l.pools {
 		if _, stays := wanted[key]; stays {
@@ -225,9 +179,20 @@ func (l *Locator) refresh() {
 		}
 		delete(l.pools, key)
 	}
-	gone := func(k catalog.Key) bool { _, stays := now.Peer(k); return !stays }
-	maps.DeleteFunc(l.last, func(k catalog.Key, _ Path) bool { return gone(k) })
-	maps.DeleteFunc(l.avoid, func(k catalog.Key, _ map[string]time.Time) bool { return gone(k) })
+	left := func(k catalog.Key) bool {
+		if !now.Knows(k.Datacenter) {
+			return true
+		}
+		_, stays := now.Peer(k)
+		return !stays && before != nil && has(before, k)
+	}
+	maps.DeleteFunc(l.last, func(k catalog.Key, _ Path) bool { return left(k) })
+	maps.DeleteFunc(l.avoid, func(k catalog.Key, _ *avoidance) bool { return left(k) })
+}
+
+func has(s *catalog.Snapshot, k catalog.Key) bool {
+	_, ok := s.Peer(k)
+	return ok
 }
 
 // start probes a pool of gateways, once Run has been called. The health of the
@@ -244,81 +209,69 @@ func (l *Locator) start(p *pool) {
 	})
 }
 
-// avoided tells which gateways to try last for a peer.
-func (l *Locator) avoided(to catalog.Key) func(string) bool {
-	now := time.Now()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	bad := make(map[string]bool)
-	for gateway, until := range l.avoid[to] {
-		if now.Before(until) {
-			bad[gateway] = true
-		} else {
-			delete(l.avoid[to], gateway)
-		}
-	}
-	return func(gateway string) bool { return bad[gateway] }
-}
-
-// Report tells how a connection fared after it had been dialled: err, or nil if
-// the peer itself answered. A gateway behind which a peer was not reached is
-// tried last for that peer for ten seconds.
-func (l *Locator) Report(to catalog.Key, path Path, err error) {
-	if path.Gateway == "" {
-		return
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if err == nil {
-		delete(l.avoid[to], path.Gateway)
-		return
-	}
-	if _, known := l.seen.Peer(to); !known {
-		return // it left meanwhile
-	}
-	if l.avoid[to] == nil {
-		l.avoid[to] = make(map[string]time.Time)
-	}
-	l.avoid[to][path.Gateway] = time.Now().Add(avoidFor)
-}
-
-// Path tells how a peer is reached, with the gateway of the newest dial. It is
-// zero for a peer without a path.
+// Path tells how a peer is reached, with the gateway of the newest dial, or the
+// kind that a dial would try first. It is zero for a peer without a path.
 func (l *Locator) Path(to catalog.Key) Path {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.refresh()
-	key, err := l.route(to)
+	tiers, err := l.route(to)
 	if err != nil {
 		return Path{}
 	}
 	last := l.last[to]
-	if last.Kind == key.kind && (last.Gateway == "" || l.pools[key].has(last.Gateway)) {
-		return last
+	for _, t := range tiers {
+		if last.Kind == t.kind && (last.Gateway == "" || t.pool.has(last.Gateway)) {
+			return last
+		}
 	}
-	return Path{Kind: key.kind}
+	if len(tiers) == 1 {
+		return Path{Kind: tiers[0].kind}
+	}
+	for _, first := range order(tiers, l.avoided(to)) {
+		return Path{Kind: tiers[first.tier].kind}
+	}
+	return Path{}
 }
 
 // Gateways returns the gateways that may be dialled, the own datacenter's first.
+// One that is known as a datacenter's own is not listed as its fallback as well.
 func (l *Locator) Gateways() []GatewayStatus {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.refresh()
-	var out []GatewayStatus
-	add := func(key poolKey) {
-		p := l.pools[key]
-		if p == nil {
-			return
+	out := l.gateways(nil, localKey(l.seen))
+	for i := range l.seen.Datacenters {
+		d := &l.seen.Datacenters[i]
+		if d.Name == l.seen.Self.Datacenter {
+			continue
 		}
-		for _, e := range p.Status() {
-			out = append(out, GatewayStatus{Address: e.Endpoint, Datacenter: key.datacenter, Healthy: e.Healthy, LastError: e.LastError})
+		own := len(out)
+		for _, key := range throughGateways(l.seen, d.Name, d.Mode) {
+			if key.kind != KindLocal {
+				out = append(out[:own], l.gateways(out[own:], key)...)
+			}
 		}
-	}
-	add(poolKey{kind: KindLocal, datacenter: l.seen.Self.Datacenter})
-	for _, d := range l.seen.Datacenters {
-		add(poolKey{kind: KindRemote, datacenter: d.Name})
 	}
 	return out
+}
+
+// gateways adds those of a pool that are not there yet. Called with mu held.
+func (l *Locator) gateways(to []GatewayStatus, key poolKey) []GatewayStatus {
+	p := l.pools[key]
+	if p == nil {
+		return to
+	}
+	for _, e := range p.Status() {
+		if slices.ContainsFunc(to, func(g GatewayStatus) bool { return g.Address == e.Endpoint }) {
+			continue
+		}
+		to = append(to, GatewayStatus{
+			Address: e.Endpoint, Datacenter: key.datacenter, Healthy: e.Healthy, LastError: e.LastError,
+			Replicated: e.Replicated, Kind: key.kind,
+		})
+	}
+	return to
 }
 
 // Run probes gateways and follows the catalog until ctx ends. It returns nil.

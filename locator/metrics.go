@@ -23,7 +23,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		shown: make(map[string]map[*endpoint]bool),
 		dials: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "culvert_locator_dials_total",
-			Help: "TCP dials towards peers, by path (direct, local, remote) and result (ok, failed).",
+			Help: "TCP dials towards peers, by path (direct, local, remote, primary) and result (ok, failed).",
 		}, []string{"kind", "result"}),
 		probes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "culvert_locator_probes_total",
@@ -36,7 +36,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	}
 	for _, result := range []string{"ok", "failed"} {
 		m.probes.WithLabelValues(result)
-		for _, kind := range []string{KindDirect, KindLocal, KindRemote} {
+		for _, kind := range []string{KindDirect, KindLocal, KindRemote, KindPrimary} {
 			m.dials.WithLabelValues(kind, result)
 		}
 	}
@@ -56,14 +56,14 @@ func result(ok bool) string {
 func (m *Metrics) dialled(kind string, ok bool) { m.dials.WithLabelValues(kind, result(ok)).Inc() }
 func (m *Metrics) probed(ok bool)               { m.probes.WithLabelValues(result(ok)).Inc() }
 
-// show begins to publish an endpoint of a pool, as healthy.
-func (m *Metrics) show(e *endpoint, address string) {
+// show begins to publish an endpoint of a pool, healthy or not.
+func (m *Metrics) show(e *endpoint, address string, ok bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.shown[address] == nil {
 		m.shown[address] = make(map[*endpoint]bool)
 	}
-	m.shown[address][e] = true
+	m.shown[address][e] = ok
 	m.publish(address)
 }
 

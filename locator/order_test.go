@@ -81,15 +81,15 @@ func TestHealthComesBeforeLatency(t *testing.T) {
 func TestAvoidedComeLastAmongTheHealthy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNetwork(map[string]way{gw1: answers, gw2: answers})
-		avoid := func(endpoint string) bool { return endpoint == gw1 }
+		avoid := map[string]time.Time{gw1: time.Now().Add(time.Minute)}
 		through := func(want string) {
 			t.Helper()
 			for range 50 {
 				p := newPool(n, gw1, gw2, gw3)
 				p.Report(gw3, errors.New("down"))
-				c, endpoint, err := p.DialAvoiding(t.Context(), avoid)
-				if err != nil || endpoint != want {
-					t.Fatalf("came out at %s: %v", endpoint, err)
+				c, won, err := dialAny(t.Context(), []tier{{pool: p}}, avoid)
+				if err != nil || won.known.Endpoint != want {
+					t.Fatalf("came out at %s: %v", won.known.Endpoint, err)
 				}
 				_ = c.Close()
 			}

@@ -14,17 +14,21 @@ import (
 	"culvert/internal/resolve"
 )
 
-// A Resolver turns host names into addresses; [*resolve.Resolver] is one.
+// A Resolver turns endpoints into addresses; [*resolve.Resolver] is one.
 type Resolver interface {
-	// Lookup returns when ctx ends at the latest.
-	Lookup(ctx context.Context, host string) (resolve.Answer, error)
-	// Forget tells that none of the addresses of a host could be connected to.
-	Forget(host string)
+	// Addresses returns the addresses of an endpoint, host:port or "srv:NAME",
+	// for the caller to keep, when ctx ends at the latest. Those of a service are
+	// in the order in which to try them.
+	Addresses(ctx context.Context, endpoint string) ([]netip.AddrPort, error)
+	// Known returns what Addresses returned last, and asks nobody.
+	Known(endpoint string) []netip.AddrPort
+	// Forget tells that none of the addresses could be connected to.
+	Forget(endpoint string)
 }
 
 // PoolOptions configure a [Pool].
 type PoolOptions struct {
-	// Resolver looks host names up. Nil means one of the pool's own, which Run
+	// Resolver looks names up. Nil means one of the pool's own, which Run
 	// closes when it ends.
 	Resolver Resolver
 	// Control is set on each socket before it connects, as [net.Dialer]'s. Nil
@@ -32,25 +36,52 @@ type PoolOptions struct {
 	Control func(network, address string, c syscall.RawConn) error
 	// Dial replaces the connecting itself, for tests. Nil means [net.Dialer].
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Forbid tells why an address must not be connected to, and returns nil for
+	// one that may. It is asked before each connection, probes included, to an
+	// endpoint that only replicated state names: there, others say what this host
+	// dials. Nil forbids nothing.
+	Forbid func(netip.AddrPort) error
 	// NoProbe leaves health to dials alone.
 	NoProbe bool
+	// OnDemand is for one of very many pools. From ten minutes after a dial on,
+	// what is healthy is not probed, and what is down every 10 s alone. Endpoints
+	// are shown in metrics once they have been tried.
+	OnDemand bool
 	// Log receives changes of health. Nil means no log.
 	Log *zap.Logger
 	// Metrics counts probes and shows health. Nil means none.
 	Metrics *Metrics
 }
 
+// An Endpoint is one of a pool's.
+type Endpoint struct {
+	Address    string // host:port, or "srv:NAME" for all that the SRV records of a name lead to
+	Replicated bool   // replicated state says so, not the configuration
+}
+
+// Configured returns endpoints that the configuration names.
+func Configured(addresses ...string) []Endpoint {
+	out := make([]Endpoint, len(addresses))
+	for i, a := range addresses {
+		out[i].Address = a
+	}
+	return out
+}
+
 // EndpointStatus is what a pool knows of one endpoint.
 type EndpointStatus struct {
-	Endpoint  string    // as it was given
-	Healthy   bool      // new ones are taken for healthy
-	LastError string    // why a dial or probe last failed, kept after recovery; "" never
-	Since     time.Time // when Healthy last changed
+	Endpoint   string    // as it was given
+	Configured bool      // by the configuration
+	Replicated bool      // by replicated state, perhaps as well
+	Healthy    bool      // new ones are taken for healthy
+	Tried      bool      // a dial or probe has told
+	LastError  string    // why a dial or probe last failed, kept after recovery; "" never
+	Since      time.Time // when Healthy last changed
 }
 
 // A Pool dials one of several endpoints that serve the same. It prefers healthy
 // ones, and of two at random the one with less to do and quicker answers. An
-// endpoint is a host and a port; a name counts with all its addresses.
+// endpoint is a host and a port, or a service; a name counts with all its addresses.
 //
 // Health comes from dials and, while Run runs, from a TCP probe every 10 s,
 // every second while an endpoint is down. It decides the order alone: with no
@@ -63,18 +94,23 @@ type Pool struct {
 
 	mu        sync.Mutex
 	endpoints []*endpoint // in the order given
+	used      time.Time   // when one was last dialled
 	ended     bool        // Run has: health is not shown any more
 }
 
 // An endpoint is guarded by its pool's mutex.
 type endpoint struct {
-	address    string
-	host, port string
+	address string         // never changes, nor do the next two
+	literal netip.AddrPort // the same; invalid where it is a name
+	service bool
+
+	configured, replicated bool
 
 	healthy   bool
+	tried     bool
 	since     time.Time
 	lastError string
-	failed    map[netip.Addr]bool // those of its addresses that failed last time
+	failed    map[netip.AddrPort]bool // those of its addresses that failed last time
 	dialing   int
 	latency   time.Duration // of connecting, moving average; 0 unknown
 	nextProbe time.Time
@@ -102,24 +138,27 @@ func NewPool(o PoolOptions) *Pool {
 	return p
 }
 
-// Set makes endpoints, host:port each, the pool's. Those that stay keep what is
-// known of them; connections are not touched.
-func (p *Pool) Set(endpoints []string) {
+// Set makes endpoints the pool's. One that is given twice, configured and
+// replicated, is both. Those that stay keep what is known of them; connections are
+// not touched.
+func (p *Pool) Set(endpoints []Endpoint) {
 	defer p.rouse()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	old := p.endpoints
 	p.endpoints = nil
-	for _, address := range endpoints {
-		if find(p.endpoints, address) != nil {
-			continue
-		}
-		e := find(old, address)
+	for _, given := range endpoints {
+		e := find(p.endpoints, given.Address)
 		if e == nil {
-			e = newEndpoint(address)
-			p.show(e)
+			if e = find(old, given.Address); e == nil {
+				e = newEndpoint(given.Address)
+				p.show(e)
+			}
+			e.configured, e.replicated = false, false
+			p.endpoints = append(p.endpoints, e)
 		}
-		p.endpoints = append(p.endpoints, e)
+		e.configured = e.configured || !given.Replicated
+		e.replicated = e.replicated || given.Replicated
 	}
 	for _, e := range old {
 		if find(p.endpoints, e.address) == nil {
@@ -129,13 +168,14 @@ func (p *Pool) Set(endpoints []string) {
 }
 
 func newEndpoint(address string) *endpoint {
-	host, port, err := net.SplitHostPort(address)
-	if err != nil { // the configuration has been checked: the dial will say it
-		host = address
+	e := &endpoint{
+		address: address, service: resolve.IsService(address),
+		healthy: true, since: time.Now(), failed: make(map[netip.AddrPort]bool),
 	}
-	return &endpoint{
-		address: address, host: host, port: port, healthy: true, since: time.Now(), failed: make(map[netip.Addr]bool),
+	if a, err := netip.ParseAddrPort(address); err == nil {
+		e.literal = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 	}
+	return e
 }
 
 func find(endpoints []*endpoint, address string) *endpoint {
@@ -149,8 +189,8 @@ func find(endpoints []*endpoint, address string) *endpoint {
 // show begins to publish an endpoint's health, and hide ends it. Called with mu
 // held.
 func (p *Pool) show(e *endpoint) {
-	if !p.o.NoProbe && !p.ended {
-		p.o.Metrics.show(e, e.address)
+	if !p.o.NoProbe && !p.ended && (!p.o.OnDemand || e.tried) {
+		p.o.Metrics.show(e, e.address, e.healthy)
 	}
 }
 
@@ -180,12 +220,17 @@ func (p *Pool) note(e *endpoint, err error) {
 	if err != nil {
 		e.lastError = err.Error()
 	}
-	if e.healthy == (err == nil) {
-		return
+	current := find(p.endpoints, e.address) == e // or it was taken out meanwhile
+	first, changed := !e.tried, e.healthy != (err == nil)
+	e.tried = true
+	if changed {
+		e.healthy, e.since = err == nil, time.Now()
 	}
-	e.healthy, e.since = err == nil, time.Now()
-	if find(p.endpoints, e.address) != e {
-		return // it was taken out meanwhile
+	if first && current && p.o.OnDemand {
+		p.show(e)
+	}
+	if !changed || !current {
+		return
 	}
 	p.o.Metrics.healthy(e, e.address, e.healthy)
 	if e.healthy {
@@ -219,7 +264,15 @@ func (p *Pool) Status() []EndpointStatus {
 	defer p.mu.Unlock()
 	out := make([]EndpointStatus, 0, len(p.endpoints))
 	for _, e := range p.endpoints {
-		out = append(out, EndpointStatus{Endpoint: e.address, Healthy: e.healthy, LastError: e.lastError, Since: e.since})
+		out = append(out, e.status())
 	}
 	return out
+}
+
+// status describes an endpoint. Called with the pool's mu held.
+func (e *endpoint) status() EndpointStatus {
+	return EndpointStatus{
+		Endpoint: e.address, Configured: e.configured, Replicated: e.replicated,
+		Healthy: e.healthy, Tried: e.tried, LastError: e.lastError, Since: e.since,
+	}
 }

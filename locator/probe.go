@@ -14,6 +14,8 @@ const (
 	// second: one lost packet makes nothing unhealthy.
 	probeTimeout = 2 * time.Second
 	maxProbes    = 16 // connecting at a time
+	// inUse is how long after a dial an OnDemand pool is probed like others.
+	inUse = 10 * time.Minute
 )
 
 // Run probes the endpoints until ctx ends, and returns nil. Afterwards their
@@ -51,11 +53,12 @@ func (p *Pool) due() (due []*endpoint, wait time.Duration) {
 	wait = probeEvery
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	idle := p.o.OnDemand && (p.used.IsZero() || now.Sub(p.used) >= inUse)
 	for _, e := range p.endpoints {
 		if e.nextProbe.IsZero() { // spread the first ones
 			e.nextProbe = now.Add(upTo(probeEvery))
 		}
-		if e.probing { // its end wakes Run
+		if e.probing || e.healthy && idle { // the end of the one wakes Run, a dial ends the other
 			continue
 		}
 		if now.Before(e.nextProbe) {
@@ -63,7 +66,7 @@ func (p *Pool) due() (due []*endpoint, wait time.Duration) {
 			continue
 		}
 		every := probeEvery
-		if !e.healthy {
+		if !e.healthy && !idle {
 			every = probeDownEvery
 		}
 		e.nextProbe = now.Add(jitter(every))
@@ -103,7 +106,7 @@ func (p *Pool) probe(ctx context.Context, e *endpoint, slots chan struct{}) {
 }
 
 func (p *Pool) probeAddresses(ctx context.Context, e *endpoint, slots chan struct{}) error {
-	addrs, err := p.addresses(ctx, e)
+	addrs, err := p.addresses(ctx, e, probeTimeout)
 	if err != nil {
 		return err
 	}
@@ -119,12 +122,12 @@ func (p *Pool) probeAddresses(ctx context.Context, e *endpoint, slots chan struc
 		all.Go(func() {
 			defer func() { <-slots }()
 			began := time.Now()
-			c, err := p.connect(ctx, a, probeTimeout)
+			c, err := p.connect(ctx, e, a, probeTimeout)
 			if err == nil {
 				_ = c.Close()
 			}
 			if errs[i] = err; ctx.Err() == nil {
-				p.learn(e, a.Addr(), time.Since(began), err)
+				p.learn(e, a, time.Since(began), err)
 			}
 		})
 	}
@@ -134,6 +137,6 @@ func (p *Pool) probeAddresses(ctx context.Context, e *endpoint, slots chan struc
 			return nil
 		}
 	}
-	p.o.Resolver.Forget(e.host) // its addresses may have changed
+	p.forget(e)
 	return joined(errs)
 }

@@ -35,7 +35,7 @@ func TestProbesOfHealthyEndpoints(t *testing.T) {
 		n := newNetwork(map[string]way{gw1: answers, gw2: slowly(30 * time.Millisecond)})
 		m := NewMetrics(nil)
 		p := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{}, Metrics: m})
-		p.Set([]string{gw1, gw2})
+		p.Set(Configured(gw1, gw2))
 		defer runPool(t, p)()
 		time.Sleep(1000 * time.Second)
 		n.mu.Lock()
@@ -79,7 +79,7 @@ func TestProbesNoticeDeathAndReturn(t *testing.T) {
 				n := newNetwork(map[string]way{gw1: answers, gw2: answers})
 				core, logs := observer.New(zap.InfoLevel)
 				p := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{}, Log: zap.New(core)})
-				p.Set([]string{gw1, gw2})
+				p.Set(Configured(gw1, gw2))
 				defer runPool(t, p)()
 				time.Sleep(25 * time.Second)
 				n.set(gw1, dead)
@@ -127,7 +127,7 @@ func TestOneLostPacketMakesNothingUnhealthy(t *testing.T) {
 		p := NewPool(PoolOptions{
 			Dial: newNetwork(map[string]way{gw1: slowly(1100 * time.Millisecond)}).dial, Resolver: &names{}, Log: zap.New(core),
 		})
-		p.Set([]string{gw1})
+		p.Set(Configured(gw1))
 		defer runPool(t, p)()
 		time.Sleep(time.Minute)
 		if logs.Len() > 0 {
@@ -173,7 +173,7 @@ func TestProbesOfAName(t *testing.T) {
 		n := newNetwork(map[string]way{"10.0.0.1:1": silent, "10.0.0.2:1": answers})
 		r := &names{addrs: map[string][]string{"gw": {"10.0.0.1", "10.0.0.2"}}}
 		p := NewPool(PoolOptions{Dial: n.dial, Resolver: r})
-		p.Set([]string{"gw:1"})
+		p.Set(Configured("gw:1"))
 		defer runPool(t, p)()
 		time.Sleep(15 * time.Second)
 		wantHealth(t, p, "gw:1 up")
@@ -227,7 +227,7 @@ func TestProbesFollowSet(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		for range 10 {
 			for _, gw := range []string{gw1, gw2} { // each is as good as new
-				p.Set([]string{gw})
+				p.Set(Configured(gw))
 				n.took()
 				time.Sleep(probeEvery)
 				if dialled := n.took(); len(dialled) == 0 || count(dialled, gw) != len(dialled) {
@@ -244,7 +244,7 @@ func TestNoProbe(t *testing.T) {
 		n := newNetwork(make(map[string]way))
 		reg := prometheus.NewRegistry()
 		p := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{}, NoProbe: true, Metrics: NewMetrics(reg)})
-		p.Set([]string{gw1})
+		p.Set(Configured(gw1))
 		stop := runPool(t, p)
 		time.Sleep(time.Minute)
 		p.Report(gw1, errors.New("down"))
@@ -287,19 +287,38 @@ func TestHealthShown(t *testing.T) {
 		n := newNetwork(map[string]way{gw1: answers, gw2: answers})
 		one := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{}, Metrics: m})
 		two := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{}, Metrics: m})
-		one.Set([]string{gw1, gw2})
-		two.Set([]string{gw1})
+		one.Set(Configured(gw1, gw2))
+		two.Set(Configured(gw1))
 		wantGauge(t, reg, gw1+" 1, "+gw2+" 1")
 		one.Report(gw1, errors.New("down"))
 		wantGauge(t, reg, gw1+" 0, "+gw2+" 1")
-		one.Set([]string{gw2})
+		one.Set(Configured(gw2))
 		wantGauge(t, reg, gw1+" 1, "+gw2+" 1")
 		two.Set(nil)
 		wantGauge(t, reg, gw2+" 1")
 		runPool(t, one)() // runs and ends
 		wantGauge(t, reg, "")
 		one.Report(gw2, errors.New("down"))
-		one.Set([]string{gw1})
+		one.Set(Configured(gw1))
+		wantGauge(t, reg, "")
+	})
+}
+
+// Of very many pools, what was never tried is not said to be healthy.
+func TestOnDemandIsShownOnceTried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		reg := prometheus.NewRegistry()
+		n := newNetwork(map[string]way{gw1: answers})
+		p := NewPool(PoolOptions{Dial: n.dial, Resolver: &names{}, OnDemand: true, Metrics: NewMetrics(reg)})
+		p.Set(Configured(gw1, gw2))
+		wantGauge(t, reg, "")
+		p.Report(gw2, errors.New("down"))
+		wantGauge(t, reg, gw2+" 0")
+		if dial(t, p); p.Status()[0].Tried != true {
+			t.Errorf("status %+v", p.Status())
+		}
+		wantGauge(t, reg, gw1+" 1, "+gw2+" 0")
+		p.Set(nil)
 		wantGauge(t, reg, "")
 	})
 }
@@ -308,7 +327,7 @@ func TestHealthShown(t *testing.T) {
 func TestMetricsAtZero(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	NewMetrics(reg)
-	for name, want := range map[string]int{"culvert_locator_dials_total": 6, "culvert_locator_probes_total": 2, "culvert_locator_gateway_healthy": 0} {
+	for name, want := range map[string]int{"culvert_locator_dials_total": 8, "culvert_locator_probes_total": 2, "culvert_locator_gateway_healthy": 0} {
 		if got, err := testutil.GatherAndCount(reg, name); err != nil || got != want {
 			t.Errorf("%s has %d series (%v), want %d", name, got, err, want)
 		}

@@ -13,6 +13,11 @@ import (
 // A connection across an ocean takes less.
 const hedgeAfter = 250 * time.Millisecond
 
+// startAll is how long it takes at most until every candidate has been started:
+// where there are many, each has less time. However many addresses are dead, the
+// last one's turn comes soon.
+const startAll = 2 * time.Second
+
 // errSlow is what overtook a candidate means.
 var errSlow = fmt.Errorf("no answer in %v while another answered", hedgeAfter)
 
@@ -34,7 +39,7 @@ func (o outcome) verdict(ctx context.Context) (known bool, err error) {
 	case o.err == nil:
 		return true, nil
 	case o.lost:
-		return o.overtaken, errSlow
+		return o.overtaken && o.took >= hedgeAfter, errSlow
 	case errors.Is(ctx.Err(), context.Canceled), ctx.Err() != nil && o.took < hedgeAfter, isOurs(o.err):
 		return false, nil
 	}
@@ -52,10 +57,19 @@ func isOurs(err error) bool {
 }
 
 // race dials n candidates, at least one, in turn: the next one starts when one
-// has failed or none has answered for hedgeAfter. The first connection wins, and
-// the others are called off, waited for and closed. It returns the winner, -1
-// if there is none, and how each candidate that was started ended.
+// has failed or none has answered for hedgeAfter, or sooner where there are many.
+// The first connection wins, and the others are called off, waited for and closed.
+// It returns the winner, -1 if there is none, and how each candidate that was
+// started ended.
 func race(ctx context.Context, n int, dial func(ctx context.Context, i int) (net.Conn, error)) (winner int, outcomes []outcome) {
+	if n == 1 { // against nobody
+		began := time.Now()
+		c, err := dial(ctx, 0)
+		if err != nil {
+			winner = -1
+		}
+		return winner, []outcome{{conn: c, err: err, took: time.Since(began)}}
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type result struct {
@@ -73,7 +87,8 @@ func race(ctx context.Context, n int, dial func(ctx context.Context, i int) (net
 		}()
 	}
 	winner = -1
-	hedge := time.NewTimer(hedgeAfter)
+	patience := min(hedgeAfter, startAll/time.Duration(n))
+	hedge := time.NewTimer(patience)
 	defer hedge.Stop()
 	start()
 	for running := 1; running > 0; {
@@ -97,7 +112,7 @@ func race(ctx context.Context, n int, dial func(ctx context.Context, i int) (net
 		if next && winner < 0 && len(outcomes) < n && ctx.Err() == nil {
 			start()
 			running++
-			hedge.Reset(hedgeAfter)
+			hedge.Reset(patience)
 		}
 	}
 	return winner, outcomes

@@ -78,7 +78,7 @@ func realPool(t *testing.T, endpoints ...string) *Pool {
 	t.Helper()
 	p := NewPool(PoolOptions{})
 	t.Cleanup(p.own.Close)
-	p.Set(endpoints)
+	p.Set(Configured(endpoints...))
 	return p
 }
 
@@ -158,13 +158,13 @@ func TestControlIsCalled(t *testing.T) {
 		}
 		return nil
 	}})
-	p.Set([]string{address})
+	p.Set(Configured(address))
 	c, _, err := p.Dial(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	_ = c.Close()
-	p.Set([]string{nobody(t)})
+	p.Set(Configured(nobody(t)))
 	if _, _, err := p.Dial(t.Context()); !errors.Is(err, refused) {
 		t.Errorf("Dial: %v", err)
 	}

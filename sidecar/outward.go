@@ -75,7 +75,7 @@ type viaError struct {
 }
 
 func (e viaError) Error() string {
-	if e.path.Gateway == "" {
+	if e.path.Kind == locator.KindDirect {
 		return fmt.Sprintf("at %s: %v", e.path.Address, e.err)
 	}
 	return fmt.Sprintf("through gateway %s: %v", e.path.Gateway, e.err)

@@ -28,7 +28,7 @@ type PeerStatus struct {
 	Node            string            `json:"node"`
 	Advertise       string            `json:"advertise"`
 	Endpoint        string            `json:"endpoint"` // with redirect where its streams come from, "" with bind
-	Path            string            `json:"path"`     // direct, local, remote or native; plain where it is not captured
+	Path            string            `json:"path"`     // direct, local, remote, primary or native; plain where it is not captured
 	Gateway         string            `json:"gateway"`  // the one in use, "" for none
 	State           string            `json:"state"`    // up, dialing, idle or down: of the packet links, the best
 	PacketsSent     uint64            `json:"packets_sent"`
@@ -47,6 +47,8 @@ type PeerStatus struct {
 type GatewayStatus struct {
 	Address    string `json:"address"`
 	Datacenter string `json:"datacenter"`
+	Kind       string `json:"kind"`       // local, remote or primary
+	Replicated bool   `json:"replicated"` // the federation names it, perhaps besides the configuration
 	Healthy    bool   `json:"healthy"`
 	LastError  string `json:"last_error"`
 }
@@ -73,7 +75,10 @@ func (s *Sidecar) Status() Status {
 func (s *Sidecar) gatewayStatus() []GatewayStatus {
 	out := []GatewayStatus{}
 	for _, g := range s.locator.Gateways() {
-		out = append(out, GatewayStatus{Address: g.Address, Datacenter: g.Datacenter, Healthy: g.Healthy, LastError: g.LastError})
+		out = append(out, GatewayStatus{
+			Address: g.Address, Datacenter: g.Datacenter, Kind: g.Kind, Replicated: g.Replicated,
+			Healthy: g.Healthy, LastError: g.LastError,
+		})
 	}
 	return out
 }

@@ -167,3 +167,43 @@ func TestServerThatTalksNonsense(t *testing.T) {
 		t.Errorf("Lookup = %v", a)
 	}
 }
+
+// SRV records over real sockets, cut over UDP, with an alias that lives shorter.
+func TestServiceFromARealServer(t *testing.T) {
+	z := zone{ttl: 60, hosts: map[string][]string{"gw1.example.": {"192.0.2.1"}, "gw2.example.": {"192.0.2.2", "2001:db8::2"}}}
+	z.records = []string{"1 0 8443 gw2.example.", "0 0 8444 gw1.example."}
+	for i := range 100 {
+		z.records = append(z.records, fmt.Sprintf("2 0 1 none%d.example.", i))
+	}
+	var tcp atomic.Int32
+	r := server(t, func(w dns.ResponseWriter, q *dns.Msg) {
+		name := q.Question[0].Name
+		m := z.message(name, q.Question[0].Qtype)
+		answers := m.Answer
+		m.SetReply(q)
+		m.Answer = answers
+		if q.Question[0].Qtype == dns.TypeSRV {
+			alias := &dns.CNAME{Hdr: dns.RR_Header{Name: name, Rrtype: dns.TypeCNAME, Class: dns.ClassINET, Ttl: 20}, Target: name}
+			m.Answer = slices.Insert(m.Answer, 0, dns.RR(alias))
+			if w.RemoteAddr().Network() == "udp" {
+				m.Truncate(udpSize)
+			} else {
+				tcp.Add(1)
+			}
+		}
+		if err := w.WriteMsg(m); err != nil {
+			t.Error(err)
+		}
+	})
+	got := addresses4(t, r, service)
+	slices.Sort(got[1:])
+	if want := []string{"192.0.2.1:8444", "192.0.2.2:8443", "[2001:db8::2]:8443"}; !slices.Equal(got, want) {
+		t.Errorf("Addresses = %v, want %v", got, want)
+	}
+	if tcp.Load() != 1 {
+		t.Errorf("asked %d times over TCP", tcp.Load())
+	}
+	if left := time.Until(r.names[query{"_gw._tcp.example", true}].answer.Expires); left < 15*time.Second || left > 20*time.Second {
+		t.Errorf("expires in %v", left)
+	}
+}

@@ -27,19 +27,23 @@ type reply struct {
 	no4, no6 bool
 }
 
-// question asks the name servers for a host, in the order of resolv.conf's
-// search list.
-func (r *Resolver) question(ctx context.Context, host string) (reply, error) {
+// question asks the name servers for a host or a service, in the order of
+// resolv.conf's search list.
+func (r *Resolver) question(ctx context.Context, q query) (reply, error) {
+	ask := r.both
+	if q.service {
+		ask = r.targets
+	}
 	config, err := r.servers.load()
 	if err != nil {
 		return reply{}, fmt.Errorf("read %s: %w", r.servers.path, err)
 	}
-	for _, name := range config.NameList(host) {
+	for _, name := range config.NameList(q.name) {
 		var found reply
-		found, err = r.both(ctx, config, name)
+		found, err = ask(ctx, config, name)
 		// Servers that failed say nothing about the name: to go on to the next
 		// one of the search list could find another host.
-		if !errors.Is(err, errNoAddress) {
+		if !errors.Is(err, errNoAddress) && !errors.Is(err, errNoService) {
 			return found, err
 		}
 	}
@@ -66,7 +70,10 @@ func (r *Resolver) both(ctx context.Context, config *dns.ClientConfig, name stri
 	for i, t := range types {
 		go func() {
 			p := &parts[i]
-			p.addrs, p.ttl, p.err = r.one(ctx, config, name, t)
+			answer, err := r.one(ctx, config, name, t)
+			if p.err = err; err == nil {
+				p.addrs, p.ttl, p.err = addresses(answer, t)
+			}
 			done <- i
 		}()
 	}
@@ -110,7 +117,7 @@ func merge(v4, v6 part) (reply, error) {
 }
 
 // one asks the servers in turn for one type of record.
-func (r *Resolver) one(ctx context.Context, config *dns.ClientConfig, name string, t uint16) ([]netip.Addr, time.Duration, error) {
+func (r *Resolver) one(ctx context.Context, config *dns.ClientConfig, name string, t uint16) (*dns.Msg, error) {
 	timeout := r.timeout
 	if timeout <= 0 {
 		timeout = min(time.Duration(config.Timeout)*time.Second, maxTimeout)
@@ -126,15 +133,15 @@ func (r *Resolver) one(ctx context.Context, config *dns.ClientConfig, name strin
 				err = refusal(answer)
 			}
 			if err == nil {
-				return addresses(answer, t)
+				return answer, nil
 			}
 			last = fmt.Errorf("ask %s: %w", server, err)
 			if ctx.Err() != nil {
-				return nil, 0, last
+				return nil, last
 			}
 		}
 	}
-	return nil, 0, last
+	return nil, last
 }
 
 // refusal is the error of a server that does not know, as opposed to one that

@@ -3,14 +3,15 @@
 //
 //	r := resolve.New(resolve.Options{})
 //	defer r.Close()
-//	answer, err := r.Lookup(ctx, "gw.dc2.example")
+//	addrs, err := r.Addresses(ctx, "gw.dc2.example:8443")
 //	...
-//	r.Forget("gw.dc2.example") // a dial failed: ask again at the next Lookup
+//	r.Forget("gw.dc2.example:8443") // dials failed: ask again the next time
 //
 // A literal address is itself, the hosts file comes next, and then the name
 // servers of resolv.conf, asked for A and AAAA records over UDP, and over TCP
 // where an answer is cut (RFC 1035 section 4.2, RFC 7766). Both files are read
-// again when they change.
+// again when they change. An endpoint "srv:NAME" is what the SRV records of that
+// name lead to (RFC 2782): their ports, and their targets' addresses.
 //
 // Answers are kept for as long as they are valid. Name servers that are away
 // take nothing away that works: the last good answer goes on serving, and a
@@ -24,7 +25,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 
@@ -49,6 +53,10 @@ const (
 	// maxTimeout caps what resolv.conf says of one question to one server: its
 	// default of 5 s is longer than anybody here waits.
 	maxTimeout = 2 * time.Second
+	// manyNames is how many names are kept whether they are looked up or not.
+	// Beyond, what nobody has looked up for unusedFor is forgotten.
+	manyNames = 1000
+	unusedFor = time.Hour
 )
 
 // Options configure a [Resolver].
@@ -62,6 +70,17 @@ type Options struct {
 type Answer struct {
 	Addrs   []netip.Addr // at least one; not to be changed
 	Expires time.Time    // zero: never
+
+	targets []target // of a service, which has no addresses of its own
+}
+
+func (a Answer) empty() bool { return len(a.Addrs)+len(a.targets) == 0 }
+
+// A query is what is asked of the name servers: the addresses of a host, or the
+// targets of a service.
+type query struct {
+	name    string
+	service bool
 }
 
 // A Resolver looks names up. Make one with [New].
@@ -77,22 +96,23 @@ type Resolver struct {
 
 	mu     sync.Mutex
 	closed bool
-	names  map[string]*entry
+	names  map[query]*entry
 }
 
-// An entry is one name. Names come from the configuration, so their number is
-// bounded by it.
+// An entry is one name.
 type entry struct {
 	answer Answer    // the last good one
 	err    error     // how the last question ended, nil if well
 	asked  time.Time // when that was
+	used   time.Time // when it was last looked up
 	flight *flight   // the question under way, or nil
 }
 
 // A flight is one question under way.
 type flight struct {
 	began time.Time
-	ended chan struct{} // closed after its entry was updated
+	ended chan struct{} // closed after the question
+	entry entry         // what is known then; to be read once ended is closed
 }
 
 // New returns a Resolver that has asked nothing yet.
@@ -103,7 +123,7 @@ func New(o Options) *Resolver {
 	if o.ResolvConf == "" {
 		o.ResolvConf = "/etc/resolv.conf"
 	}
-	r := &Resolver{timeout: o.Timeout, exchange: overNetwork, names: make(map[string]*entry)}
+	r := &Resolver{timeout: o.Timeout, exchange: overNetwork, names: make(map[query]*entry)}
 	r.hosts.path, r.servers.path = o.HostsFile, o.ResolvConf
 	r.ctx, r.stop = context.WithCancel(context.Background())
 	return r
@@ -132,6 +152,8 @@ func (e *NameError) Unwrap() error { return e.Err }
 
 var (
 	errNoAddress = errors.New("no address")
+	errNoService = errors.New("no such service")
+	errDeclined  = errors.New("its record says that there is no such service")
 	errClosed    = errors.New("the resolver is closed")
 )
 
@@ -140,52 +162,78 @@ var (
 // returns that if asking fails or takes long. The error is a [*NameError], or
 // ctx's.
 func (r *Resolver) Lookup(ctx context.Context, host string) (Answer, error) {
+	if a, ok := r.unasked(host); ok {
+		return a, nil
+	}
+	return r.lookup(ctx, query{name: host})
+}
+
+// unasked is what is known of a host without any name server.
+func (r *Resolver) unasked(host string) (Answer, bool) {
 	if a, err := netip.ParseAddr(host); err == nil {
-		return Answer{Addrs: []netip.Addr{a.Unmap()}}, nil
+		return Answer{Addrs: []netip.Addr{a.Unmap()}}, true
 	}
 	if addrs := r.hosts.lookup(host); len(addrs) > 0 {
-		return Answer{Addrs: addrs, Expires: time.Now().Add(MinTTL)}, nil
+		return Answer{Addrs: addrs, Expires: time.Now().Add(MinTTL)}, true
 	}
-	e := r.claim(host)
+	return Answer{}, false
+}
+
+// lookup is Lookup for what only name servers know.
+func (r *Resolver) lookup(ctx context.Context, q query) (Answer, error) {
+	e := r.claim(q)
 	if e.flight == nil {
-		return e.result(host)
+		return e.result(q)
 	}
 	var patience <-chan time.Time
-	if len(e.answer.Addrs) > 0 {
+	if !e.answer.empty() {
 		t := time.NewTimer(staleWait - time.Since(e.flight.began))
 		defer t.Stop()
 		patience = t.C
 	}
 	select {
 	case <-e.flight.ended:
-		return r.known(host).result(host)
+		return e.flight.entry.result(q)
 	case <-patience:
-		return Answer{Addrs: e.answer.Addrs, Expires: time.Now()}, nil
+		e.answer.Expires = time.Now()
+		return e.answer, nil
 	case <-ctx.Done():
-		return Answer{}, fmt.Errorf("resolve %s: %w", host, ctx.Err())
+		return Answer{}, fmt.Errorf("resolve %s: %w", q.name, ctx.Err())
 	}
 }
 
 // claim returns a copy of a name's entry. Unless that is fresh, a question is
 // under way.
-func (r *Resolver) claim(host string) entry {
+func (r *Resolver) claim(q query) entry {
 	now := time.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := r.names[host]
+	e := r.names[q]
 	if e == nil {
+		r.sweep(now)
 		e = &entry{}
-		r.names[host] = e
+		r.names[q] = e
 	}
+	e.used = now
 	switch {
 	case e.flight != nil, e.fresh(now):
 	case r.closed:
 		e.err, e.asked = errClosed, now
 	default:
 		e.flight = &flight{began: now, ended: make(chan struct{})}
-		r.running.Go(func() { r.ask(host) })
+		r.running.Go(func() { r.ask(q) })
 	}
 	return *e
+}
+
+// sweep makes room for one more name. Names come from the configuration, but also
+// from other datacenters and from SRV records, which may name others each day.
+// Called with mu held.
+func (r *Resolver) sweep(now time.Time) {
+	if len(r.names) < manyNames {
+		return
+	}
+	maps.DeleteFunc(r.names, func(_ query, e *entry) bool { return e.flight == nil && now.Sub(e.used) >= unusedFor })
 }
 
 // fresh tells whether there is no need to ask: the answer is valid, or asking
@@ -194,30 +242,24 @@ func (e *entry) fresh(now time.Time) bool {
 	return now.Before(e.answer.Expires) || e.err != nil && now.Sub(e.asked) < askEvery
 }
 
-func (r *Resolver) known(host string) entry {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return *r.names[host]
-}
-
-func (e entry) result(host string) (Answer, error) {
-	if len(e.answer.Addrs) == 0 {
-		return Answer{}, &NameError{host, e.err}
+func (e entry) result(q query) (Answer, error) {
+	if e.answer.empty() {
+		return Answer{}, &NameError{q.name, e.err}
 	}
 	if e.err != nil { // stale, and good enough until the next question
-		return Answer{Addrs: e.answer.Addrs, Expires: e.asked.Add(askEvery)}, nil
+		e.answer.Expires = e.asked.Add(askEvery)
 	}
 	return e.answer, nil
 }
 
 // ask puts the question that claim has begun, and stores how it ended.
-func (r *Resolver) ask(host string) {
+func (r *Resolver) ask(q query) {
 	ctx, cancel := context.WithTimeout(r.ctx, questionTimeout)
 	defer cancel()
-	reply, err := r.question(ctx, host)
+	reply, err := r.question(ctx, q)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := r.names[host]
+	e := r.names[q]
 	e.err, e.asked = err, time.Now()
 	if err == nil {
 		for _, a := range e.answer.Addrs {
@@ -227,16 +269,34 @@ func (r *Resolver) ask(host string) {
 		}
 		e.answer = reply.Answer
 	}
-	close(e.flight.ended)
+	f := e.flight
 	e.flight = nil
+	f.entry = *e
+	close(f.ended)
 }
 
-// Forget makes the next Lookup ask again, a second after the last question at
-// the earliest: the name's addresses do not work, and may have changed.
-func (r *Resolver) Forget(host string) {
+// Forget makes the next Addresses of an endpoint, or the next Lookup of a host,
+// ask again, a second after the last question at the earliest: the addresses do
+// not work, and may have changed.
+func (r *Resolver) Forget(endpoint string) {
+	name, service := strings.CutPrefix(endpoint, servicePrefix)
+	if host, _, err := net.SplitHostPort(endpoint); err == nil && !service {
+		name = host
+	}
+	q := query{name, service}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := r.names[host]
+	r.expire(q)
+	if e := r.names[q]; e != nil {
+		for _, t := range e.answer.targets {
+			r.expire(query{name: t.host})
+		}
+	}
+}
+
+// expire lets an answer end a second after it was asked for. Called with mu held.
+func (r *Resolver) expire(q query) {
+	e := r.names[q]
 	if e == nil {
 		return
 	}
