@@ -11,6 +11,12 @@
 //	d := alpn.NewDialer(table, creds, alpn.DialerOptions{})
 //	c, err := d.Dial(ctx, raw, "bob.server.dc2.consul", "gossip-packet")
 //
+// A table may also have the protocols of the federation, [Raft] and [HTTP]; what
+// dials one of these is [Dialer.DialProtocol]. Whom a protocol is taken from is
+// its own matter, and is decided within the handshake: packets and streams are
+// taken from servers, raft from servers of the own datacenter, HTTP from servers
+// and gateways.
+//
 // A protocol without a route gets no_application_protocol before any handshake
 // is made, and so does a client that names none: the empty protocol is never a
 // handler. Both sides verify each other, in TLS 1.3; there is no option that
@@ -43,8 +49,9 @@ const (
 // certificate by themselves, as a Server asks once, and disable dynamic record
 // sizing: on native protocols one write is one record.
 type Credentials interface {
-	// ServerConfig verifies clients, which must have one of the roles.
-	ServerConfig(protos []string, roles ...certs.Role) *tls.Config
+	// ServerConfig verifies clients, which must be such as admit lets in for
+	// the protocol that was negotiated.
+	ServerConfig(protos []string, admit func(protocol string) (certs.Admission, error)) *tls.Config
 	// ClientConfig verifies that the server carries the full name.
 	ClientConfig(serverName string, protos []string) *tls.Config
 	// PeerIdentity reads who a verified peer is.

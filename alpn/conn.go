@@ -26,6 +26,9 @@ const closeTimeout = time.Second
 //   - an alert as a [*RefusedError].
 //
 // One goroutine may read while another writes and a third closes.
+//
+// The [tls.Conn] in it may be handed out in its place, to what wants one, as
+// net/http does: closing it closes the connection, in its own time.
 type Conn struct {
 	*tls.Conn
 	wire  *wire

@@ -22,8 +22,7 @@ type DialerOptions struct {
 	Metrics *Metrics
 }
 
-// A Dialer makes TLS connections to a service over raw ones that somebody else
-// dialled.
+// A Dialer makes TLS connections over raw ones that somebody else dialled.
 type Dialer struct {
 	table   *Table
 	creds   Credentials
@@ -55,22 +54,32 @@ func NewDialer(t *Table, creds Credentials, o DialerOptions) *Dialer {
 // The server has not verified this side by then (RFC 8446 section 4.4.2): a
 // refusal comes out of the first Read.
 func (d *Dialer) Dial(ctx context.Context, raw net.Conn, serverName, service string) (*Conn, error) {
-	conn, err := d.dial(ctx, raw, serverName, service)
+	return d.connect(ctx, raw, serverName, service, d.table.Offer(service))
+}
+
+// DialProtocol is Dial for [Raft] or [HTTP], which the table must have.
+func (d *Dialer) DialProtocol(ctx context.Context, raw net.Conn, serverName, protocol string) (*Conn, error) {
+	return d.connect(ctx, raw, serverName, protocol, d.table.offerProtocol(protocol))
+}
+
+// connect dials with an offer of protocols, and counts and logs what became of
+// it. purpose is what the offer is for, in the words of the caller.
+func (d *Dialer) connect(ctx context.Context, raw net.Conn, serverName, purpose string, protos []string) (*Conn, error) {
+	conn, err := d.handshake(ctx, raw, serverName, protos)
 	if err != nil {
 		d.metrics.dialError.Inc()
 		_ = raw.Close() // no reset: it would overtake the alert that tells the server why
-		return nil, fmt.Errorf("handshake with %s for %s: %w", serverName, service, err)
+		return nil, fmt.Errorf("handshake with %s for %s: %w", serverName, purpose, err)
 	}
 	d.metrics.dialOK.Inc()
-	d.log.Debug("connected", zap.String("server_name", serverName), zap.String("service", service),
+	d.log.Debug("connected", zap.String("server_name", serverName), zap.String("service", conn.route.Service),
 		zap.String("protocol", conn.route.Protocol), zap.Stringer("peer", conn.peer))
 	return conn, nil
 }
 
-func (d *Dialer) dial(ctx context.Context, raw net.Conn, serverName, service string) (*Conn, error) {
-	protos := d.table.Offer(service)
+func (d *Dialer) handshake(ctx context.Context, raw net.Conn, serverName string, protos []string) (*Conn, error) {
 	if len(protos) == 0 {
-		return nil, errors.New("no such service")
+		return nil, errors.New("no such service or protocol")
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.timeout)
 	defer cancel()

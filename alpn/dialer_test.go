@@ -37,7 +37,7 @@ func wantClosed(t *testing.T, raw net.Conn) {
 func TestDialNative(t *testing.T) {
 	s := newSite(t)
 	native := &Table{protocols: []string{"consul/wan-gossip/packet"}, routes: s.table.routes, offers: s.table.offers}
-	s.accept = newAcceptor(t, native, s.accept.creds, ServerOptions{})
+	s.accept = newAcceptor(t, native, s.accept.creds)
 	c, _ := s.connectTCP(t, "gossip-packet")
 	want := Route{Protocol: "consul/wan-gossip/packet", Service: "gossip-packet", Kind: KindPacket, Native: true}
 	if c.Route() != want || c.Coalesce() {

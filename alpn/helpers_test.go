@@ -47,18 +47,19 @@ type acceptor struct {
 	refused []string
 }
 
-func newAcceptor(t testing.TB, table *Table, creds Credentials, o ServerOptions) *acceptor {
+func newAcceptor(t testing.TB, table *Table, creds Credentials) *acceptor {
 	t.Helper()
 	core, log := observer.New(zapcore.DebugLevel)
 	a := &acceptor{conns: make(chan *Conn, 16), log: log, metrics: NewMetrics(prometheus.NewRegistry())}
 	h := HandlerFunc(func(_ context.Context, c *Conn) { a.conns <- c })
-	o.Packet, o.Stream, o.Metrics, o.Log = h, h, a.metrics, zap.New(core)
-	o.Refused = func(reason string) {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		a.refused = append(a.refused, reason)
-	}
-	s, err := NewServer(table, creds, o)
+	s, err := NewServer(table, creds, ServerOptions{
+		Packet: h, Stream: h, Raft: h, HTTP: h, Metrics: a.metrics, Log: zap.New(core),
+		Refused: func(reason string) {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			a.refused = append(a.refused, reason)
+		},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +112,7 @@ func newSite(t testing.TB) *site {
 	ca := testpki.New(t, "consul")
 	table := mustTable(t, services())
 	s := &site{ca: ca, table: table, dialed: NewMetrics(prometheus.NewRegistry())}
-	s.accept = newAcceptor(t, table, load(t, ca, ca.Leaf(t, testpki.Server("dc1", "alice"))), ServerOptions{})
+	s.accept = newAcceptor(t, table, load(t, ca, ca.Leaf(t, testpki.Server("dc1", "alice"))))
 	s.dialer = NewDialer(table, load(t, ca, ca.Leaf(t, testpki.Server("dc2", "bob"))), DialerOptions{Metrics: s.dialed})
 	return s
 }

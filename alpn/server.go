@@ -32,9 +32,9 @@ func (f HandlerFunc) ServeConn(ctx context.Context, c *Conn) { f(ctx, c) }
 
 // ServerOptions configure a [Server].
 type ServerOptions struct {
-	// Packet and Stream serve the connections of their kind. One that is nil
-	// is an error if the table has a service of that kind.
-	Packet, Stream Handler
+	// Packet, Stream, Raft and HTTP serve the connections of their kind. One
+	// that is nil is an error if the table has something of that kind.
+	Packet, Stream, Raft, HTTP Handler
 	// HelloTimeout bounds the wait for a whole ClientHello. 0 means
 	// [HelloTimeout].
 	HelloTimeout time.Duration
@@ -63,11 +63,11 @@ type Server struct {
 	warned  sample.Sampler
 }
 
-// NewServer returns a Server for the services of a table.
+// NewServer returns a Server for what is in a table.
 func NewServer(t *Table, creds Credentials, o ServerOptions) (*Server, error) {
 	for _, r := range t.routes {
 		if o.handler(r.Kind) == nil {
-			return nil, fmt.Errorf("service %q: no handler for its kind, %v", r.Service, r.Kind)
+			return nil, fmt.Errorf("protocol %q: no handler for its kind, %v", r.Protocol, r.Kind)
 		}
 	}
 	if o.HelloTimeout == 0 {
@@ -85,7 +85,7 @@ func NewServer(t *Table, creds Credentials, o ServerOptions) (*Server, error) {
 	return &Server{
 		table:   t,
 		creds:   creds,
-		config:  creds.ServerConfig(t.Protocols(), certs.RoleServer),
+		config:  creds.ServerConfig(t.Protocols(), t.admission),
 		opts:    o,
 		log:     o.Log.Named("alpn"),
 		metrics: o.Metrics.orNew(),
@@ -93,17 +93,22 @@ func NewServer(t *Table, creds Credentials, o ServerOptions) (*Server, error) {
 }
 
 func (o *ServerOptions) handler(k Kind) Handler {
-	if k == KindPacket {
+	switch k {
+	case KindPacket:
 		return o.Packet
+	case KindRaft:
+		return o.Raft
+	case KindHTTP:
+		return o.HTTP
 	}
 	return o.Stream
 }
 
 // ServeConn serves one connection to its end. It owns c. What is wrong with the
 // connection is logged and counted here. Once its peer is verified it calls
-// establish, with true for packets, whose connections do not end by themselves;
-// where that returns false, and when ctx ends before, the connection is closed
-// and nothing counted.
+// establish, with true for all but streams, whose connections alone end by
+// themselves; where that returns false, and when ctx ends before, the connection
+// is closed and nothing counted.
 func (s *Server) ServeConn(ctx context.Context, c *sniff.Conn, establish func(lasting bool) bool) {
 	remote := c.RemoteAddr()
 	if !s.admit(c, remote) {
@@ -112,7 +117,7 @@ func (s *Server) ServeConn(ctx context.Context, c *sniff.Conn, establish func(la
 	raw, peeked := c.Detach()
 	conn, err := s.handshake(ctx, raw, peeked)
 	switch {
-	case ctx.Err() != nil, errors.Is(err, net.ErrClosed), err == nil && !establish(conn.route.Kind == KindPacket):
+	case ctx.Err() != nil, errors.Is(err, net.ErrClosed), err == nil && !establish(conn.route.Kind.lasting()):
 		pipe.Abort(raw) // given up on this side, and no fault of the peer's
 		return
 	case err != nil:

@@ -2,6 +2,7 @@ package alpn
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -221,11 +222,11 @@ func (i insecure) ClientConfig(name string, protos []string) *tls.Config {
 	return c
 }
 
-// A Server whose table has h2 beside it would be given clients without any
-// protocol by crypto/tls: they must not reach a handler.
+// Where nothing is negotiated, whatever crypto/tls makes of that, no handler is
+// reached.
 func TestEmptyProtocolIsRefused(t *testing.T) {
 	s := newSite(t)
-	a := newAcceptor(t, s.table, withoutProtocols{s.accept.creds}, ServerOptions{})
+	a := newAcceptor(t, s.table, withoutProtocols{s.accept.creds})
 	client, server := testtcp.Pair(t)
 	done := a.serve(t, server)
 	c := plainClient(client, s.dialer.creds, "culvert/stream/1/rpc")
@@ -247,6 +248,16 @@ func TestNewServerWantsHandlers(t *testing.T) {
 	_, err := NewServer(mustTable(t, services()), creds, ServerOptions{})
 	if err == nil || !strings.Contains(err.Error(), "no handler") {
 		t.Errorf("NewServer without handlers: %v", err)
+	}
+	h := HandlerFunc(func(context.Context, *Conn) {})
+	for protocol, o := range map[string]ServerOptions{
+		Raft: {Packet: h, Stream: h, HTTP: h},
+		HTTP: {Packet: h, Stream: h, Raft: h},
+	} {
+		_, err := NewServer(mustTable(t, services(), Raft, HTTP), creds, o)
+		if err == nil || !strings.Contains(err.Error(), protocol) || !strings.Contains(err.Error(), "no handler") {
+			t.Errorf("NewServer without a handler for %s: %v", protocol, err)
+		}
 	}
 }
 
@@ -277,6 +288,6 @@ func TestStopDuringHandshake(t *testing.T) {
 	})
 }
 
-func (w withoutProtocols) ServerConfig(_ []string, roles ...certs.Role) *tls.Config {
-	return w.Credentials.ServerConfig(nil, roles...)
+func (w withoutProtocols) ServerConfig(_ []string, admit func(string) (certs.Admission, error)) *tls.Config {
+	return w.Credentials.ServerConfig(nil, admit)
 }

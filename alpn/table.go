@@ -6,30 +6,62 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"culvert/certs"
+)
+
+// The protocols of the federation, which belong to no service. A [Table] has
+// those that it is told to have.
+const (
+	Raft = "culvert/raft/1" // hashicorp/raft's transport, within one datacenter
+	HTTP = "h2"             // HTTP/2, the federation API
 )
 
 // A Kind says how the bytes after the handshake are to be read.
 type Kind int
 
-// The kinds of service.
+// The kinds of service, and those of [Raft] and [HTTP].
 const (
 	KindPacket Kind = iota + 1 // frames, each one datagram
 	KindStream                 // the bytes of one TCP connection
+	KindRaft                   // raft's messages
+	KindHTTP                   // HTTP/2
 )
 
-// String returns "packet" or "stream".
+// String returns "packet", "stream", "raft" or "http".
 func (k Kind) String() string {
 	switch k {
 	case KindPacket:
 		return "packet"
 	case KindStream:
 		return "stream"
+	case KindRaft:
+		return "raft"
+	case KindHTTP:
+		return "http"
 	}
 	return fmt.Sprintf("kind %d", int(k))
 }
 
 // prefix is Culvert's own protocol name up to the service.
 func (k Kind) prefix() string { return "culvert/" + k.String() + "/1/" }
+
+// lasting tells whether connections of the kind do not end by themselves, so that
+// a drain must not wait for them.
+func (k Kind) lasting() bool { return k != KindStream }
+
+// admission says from whom connections of the kind are taken. Packets and streams
+// come from servers anywhere, and what they may reach is decided behind.
+func (k Kind) admission() certs.Admission {
+	a := certs.Admission{Roles: []certs.Role{certs.RoleServer}}
+	switch k {
+	case KindRaft:
+		a.SameDatacenter = true // its voters are the sidecars of one
+	case KindHTTP:
+		a.Roles = append(a.Roles, certs.RoleGateway)
+	}
+	return a
+}
 
 // A Service is one entry of a [Table].
 type Service struct {
@@ -41,9 +73,9 @@ type Service struct {
 // A Route is what a negotiated protocol means.
 type Route struct {
 	Protocol string // as negotiated
-	Service  string // Service.Name
+	Service  string // Service.Name; empty for [Raft] and [HTTP]
 	Kind     Kind
-	Native   bool // not Culvert's own: one frame is one TLS record, and frames go one way
+	Native   bool // a service's name from outside Culvert: one frame is one TLS record, and frames go one way
 }
 
 // A Table maps protocol names to services and back. It is immutable and may be
@@ -57,9 +89,10 @@ type Table struct {
 // maxProtocol is the length limit of RFC 7301 section 3.1, in bytes.
 const maxProtocol = 255
 
-// NewTable builds a Table. Two services of one name, or of one ALPN name, are an
-// error, and so is an ALPN name that is Culvert's own.
-func NewTable(services []Service) (*Table, error) {
+// NewTable builds a Table of services and of federation protocols, [Raft] or
+// [HTTP], of which there must be one at least. Two services of one name, or of
+// one ALPN name, are an error, and so is an ALPN name that is Culvert's own.
+func NewTable(services []Service, federation ...string) (*Table, error) {
 	t := &Table{routes: make(map[string]Route), offers: make(map[string][]string)}
 	valid := regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
 	var native []string
@@ -85,12 +118,35 @@ func NewTable(services []Service) (*Table, error) {
 		}
 		native = append(native, s.ALPN)
 	}
-	if len(t.protocols) == 0 {
+	if err := t.addFederation(federation); err != nil {
+		return nil, err
+	}
+	if len(t.routes) == 0 {
 		// An empty list would make crypto/tls negotiate nothing and accept it.
-		return nil, errors.New("no service")
+		return nil, errors.New("no service and no protocol")
+	}
+	if _, ok := t.routes[Raft]; ok {
+		t.protocols = append(t.protocols, Raft)
 	}
 	t.protocols = append(t.protocols, native...)
+	if _, ok := t.routes[HTTP]; ok {
+		t.protocols = append(t.protocols, HTTP)
+	}
 	return t, nil
+}
+
+func (t *Table) addFederation(protocols []string) error {
+	for _, p := range protocols {
+		switch p {
+		case Raft:
+			t.routes[p] = Route{Protocol: p, Kind: KindRaft}
+		case HTTP:
+			t.routes[p] = Route{Protocol: p, Kind: KindHTTP}
+		default:
+			return fmt.Errorf("protocol %q: neither %s nor %s", p, Raft, HTTP)
+		}
+	}
+	return nil
 }
 
 func (t *Table) addNative(s Service) error {
@@ -100,8 +156,6 @@ func (t *Table) addNative(s Service) error {
 	case strings.HasPrefix(s.ALPN, "culvert/"):
 		return fmt.Errorf("alpn name %q: culvert/ names are Culvert's own", s.ALPN)
 	case s.ALPN == "h2", strings.HasPrefix(s.ALPN, "http/"):
-		// With h2 in the list crypto/tls lets an http/1.1 client in without
-		// any protocol.
 		return fmt.Errorf("alpn name %q: HTTP is no service", s.ALPN)
 	case taken:
 		return fmt.Errorf("alpn name %q: taken by service %q", s.ALPN, r.Service)
@@ -112,7 +166,7 @@ func (t *Table) addNative(s Service) error {
 }
 
 // Protocols returns every name, in the order in which an acceptor prefers them:
-// Culvert's own first. The slice is the caller's.
+// Culvert's own first, [HTTP] last. The slice is the caller's.
 func (t *Table) Protocols() []string { return slices.Clone(t.protocols) }
 
 // Lookup returns the route of a protocol name. The empty name has none.
@@ -124,3 +178,23 @@ func (t *Table) Lookup(protocol string) (Route, bool) {
 // Offer returns what to offer when dialling a service, Culvert's own name first,
 // and nil for a service that the table lacks. The slice is the caller's.
 func (t *Table) Offer(service string) []string { return slices.Clone(t.offers[service]) }
+
+// offerProtocol is Offer for a federation protocol. The two are not one map:
+// h2 is a name that a service may have.
+func (t *Table) offerProtocol(protocol string) []string {
+	if r, ok := t.routes[protocol]; ok && r.Service == "" {
+		return []string{protocol}
+	}
+	return nil
+}
+
+// admission says from whom a negotiated protocol is taken. One without a route,
+// as the empty one, is an error. With h2 in the list crypto/tls negotiates that
+// with an http/1.1 client.
+func (t *Table) admission(protocol string) (certs.Admission, error) {
+	r, ok := t.routes[protocol]
+	if !ok {
+		return certs.Admission{}, &protocolError{negotiated: protocol}
+	}
+	return r.Kind.admission(), nil
+}

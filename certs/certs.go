@@ -7,7 +7,10 @@
 //		KeyFile: "dc1-server-consul-alice-key.pem", Domain: "consul",
 //	})
 //	if err != nil { ... }
-//	inbound := tls.Server(conn, src.ServerConfig(protocols, certs.RoleServer))
+//	servers := func(string) (certs.Admission, error) {
+//		return certs.Admission{Roles: []certs.Role{certs.RoleServer}}, nil
+//	}
+//	inbound := tls.Server(conn, src.ServerConfig(protocols, servers))
 //	outbound := tls.Client(conn, src.ClientConfig(certs.ServerName("bob", "dc2", "consul"), protocols))
 //
 // Three kinds of DNS name make up the scheme, each with or without a node in

@@ -216,7 +216,7 @@ func TestKeyKinds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, client := handshake(src.ServerConfig(nil, RoleServer), src.ClientConfig("alice.server.dc1.consul", nil))
+	server, client := handshake(src.ServerConfig(nil, only(RoleServer)), src.ClientConfig("alice.server.dc1.consul", nil))
 	if server.err != nil || client.err != nil {
 		t.Error(server.err, client.err)
 	}

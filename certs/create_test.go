@@ -50,7 +50,7 @@ func TestCreate(t *testing.T) {
 	}
 	checkFiles(t, dir, files)
 
-	in, out := handshake(server.ServerConfig(nil, RoleGateway), client.ClientConfig("rack1.alice.server.dc1.consul", nil))
+	in, out := handshake(server.ServerConfig(nil, only(RoleGateway)), client.ClientConfig("rack1.alice.server.dc1.consul", nil))
 	if in.err != nil || out.err != nil {
 		t.Fatal(in.err, out.err)
 	}

@@ -51,6 +51,11 @@ func rawClient(cert *testpki.Cert) *tls.Config {
 	return c
 }
 
+// only admits these roles, whatever the protocol.
+func only(roles ...Role) func(string) (Admission, error) {
+	return func(string) (Admission, error) { return Admission{Roles: roles}, nil }
+}
+
 func rawServer(cert *testpki.Cert) *tls.Config {
 	return &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert.TLS}, NextProtos: []string{"p"}}
 }
@@ -222,10 +227,13 @@ func TestInboundRefusals(t *testing.T) {
 			PeerError{ReasonBadCertificate, "a certificate that can be verified", `"x509: unhandled critical extension", ` + bobNames},
 		},
 	}
-	seen := map[string]bool{ReasonNameMismatch: true} // outbound alone
+	seen := map[string]bool{
+		ReasonNameMismatch: true, // outbound alone
+		ReasonDatacenter:   true, // TestAdmissionByProtocol
+	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			server, client := handshake(src.ServerConfig([]string{"p"}, RoleServer), rawClient(c.cert))
+			server, client := handshake(src.ServerConfig([]string{"p"}, only(RoleServer)), rawClient(c.cert))
 			checkRefusal(t, server.err, c.want)
 			if client.err == nil {
 				t.Error("the client got a byte")
@@ -252,7 +260,7 @@ func TestInboundAdmits(t *testing.T) {
 		{"server.dc2.consul", Identity{"dc2", "", RoleServer}},
 		{"gw1.gateway.dc2.consul gateway.dc2.consul", Identity{"dc2", "gw1", RoleGateway}},
 	}
-	config := src.ServerConfig([]string{"p"}, RoleServer, RoleGateway)
+	config := src.ServerConfig([]string{"p"}, only(RoleServer, RoleGateway))
 	for _, c := range cases {
 		server, client := handshake(config, rawClient(ca.Leaf(t, testpki.Names(strings.Fields(c.names)...))))
 		if server.err != nil || client.err != nil {
@@ -267,7 +275,7 @@ func TestInboundAdmits(t *testing.T) {
 		}
 	}
 	// With no roles nobody is admitted.
-	server, _ := handshake(src.ServerConfig(nil), rawClient(ca.Leaf(t, bob())))
+	server, _ := handshake(src.ServerConfig(nil, only()), rawClient(ca.Leaf(t, bob())))
 	checkRefusal(t, server.err, PeerError{ReasonRole, "no role", "role server, " + bobNames})
 
 	old := rawClient(ca.Leaf(t, bob()))
@@ -287,7 +295,7 @@ func TestCertificateOfAnotherCAIsShown(t *testing.T) {
 	client := rawClient(nil)
 	stranger := theirs.Leaf(t, testpki.Server("dc1", "bob"))
 	client.Certificates = []tls.Certificate{stranger.TLS} // withheld if the request names other CAs
-	server, _ := handshake(src.ServerConfig(nil, RoleServer), client)
+	server, _ := handshake(src.ServerConfig(nil, only(RoleServer)), client)
 	checkRefusal(t, server.err, PeerError{
 		ReasonOtherCA, issuedBy(ours), issuedBy(theirs) + ", names bob.server.dc1.nomad, server.dc1.nomad, localhost",
 	})

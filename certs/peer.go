@@ -20,6 +20,7 @@ const (
 	ReasonNoNames          = "no_names"          // no name of the scheme in any domain
 	ReasonConflictingNames = "conflicting_names" // two roles, datacenters or nodes
 	ReasonRole             = "role"              // a good certificate of a role that is not admitted here
+	ReasonDatacenter       = "datacenter"        // a good certificate of another datacenter, for a protocol that stays within one
 	ReasonNameMismatch     = "name_mismatch"     // a good certificate of another server than the one dialled
 	ReasonNoCertificate    = "no_certificate"    // a client that sent none
 	ReasonBadCertificate   = "bad_certificate"   // anything else that x509 objects to
@@ -28,8 +29,8 @@ const (
 // Reasons returns every value that PeerError.Reason can have.
 func Reasons() []string {
 	return []string{
-		ReasonOtherCA, ReasonExpired, ReasonNotYetValid, ReasonOtherDomain, ReasonKeyUsage, ReasonRole, ReasonNoNames,
-		ReasonConflictingNames, ReasonNoCertificate, ReasonBadCertificate, ReasonNameMismatch,
+		ReasonOtherCA, ReasonExpired, ReasonNotYetValid, ReasonOtherDomain, ReasonKeyUsage, ReasonRole, ReasonDatacenter,
+		ReasonNoNames, ReasonConflictingNames, ReasonNoCertificate, ReasonBadCertificate, ReasonNameMismatch,
 	}
 }
 
@@ -47,6 +48,7 @@ func Reasons() []string {
 //	other_domain       a name like <node>.server.<dc>.consul                 NAMES
 //	conflicting_names  the names of one node, in one datacenter and one role NAMES
 //	role               role server [or gateway]                              role gateway, NAMES
+//	datacenter         datacenter dc1                                        datacenter dc2, NAMES
 //	name_mismatch      name bob.server.dc2.consul                            NAMES
 //	no_certificate     a certificate issued by "CN=..." ...                  no certificate
 //	bad_certificate    a certificate that can be verified                    x509's words, NAMES

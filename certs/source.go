@@ -124,14 +124,21 @@ func (s *Source) Valid(now time.Time) error {
 
 // ServerConfig returns a configuration for inbound connections. It asks for a
 // certificate and takes the connection only if that leads to the CA, is valid now
-// and for client authentication, and has an identity of one of the roles; with
-// no roles none is admitted. Otherwise the handshake fails with a [*PeerError].
-// Each connection uses the certificates loaded last.
+// and for client authentication, and has an identity that admit lets in.
+// Otherwise the handshake fails with a [*PeerError]. Each connection uses the
+// certificates loaded last.
+//
+// admit is called within the handshake, of a resumed session too, with the
+// protocol that was negotiated: a ticket that was given for one protocol is worth
+// nothing for another. The protocol is empty where there is none, as for an
+// http/1.1 client where protos has h2 (crypto/tls lets that in). An error of
+// admit fails the handshake as it is. admit may be called from any goroutine and
+// must not be nil.
 //
 // The request names no CAs: Go's clients would withhold a certificate of
 // another one, and nothing could be said about it.
-func (s *Source) ServerConfig(protos []string, roles ...Role) *tls.Config {
-	c := &serverConfigs{source: s, protos: slices.Clone(protos), roles: slices.Clone(roles)}
+func (s *Source) ServerConfig(protos []string, admit func(protocol string) (Admission, error)) *tls.Config {
+	c := &serverConfigs{source: s, protos: slices.Clone(protos), admit: admit}
 	return &tls.Config{
 		MinVersion:                  tls.VersionTLS13,
 		NextProtos:                  c.protos,
@@ -147,7 +154,7 @@ func (s *Source) ServerConfig(protos []string, roles ...Role) *tls.Config {
 type serverConfigs struct {
 	source *Source
 	protos []string
-	roles  []Role
+	admit  func(protocol string) (Admission, error)
 
 	mu     sync.Mutex
 	of     *generation
@@ -169,7 +176,7 @@ func (c *serverConfigs) at(g *generation) *tls.Config {
 		// before VerifyConnection can say so. There it is refused all the same.
 		ClientAuth: tls.RequestClientCert,
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			return c.source.verifyClient(cs, c.roles)
+			return c.source.verifyClient(cs, c.admit)
 		},
 		// One write is one record: receivers exist that lose what follows in it.
 		DynamicRecordSizingDisabled: true,
@@ -229,7 +236,7 @@ func (s *Source) PeerIdentity(cs tls.ConnectionState) (Identity, error) {
 	return IdentityOf(cs.PeerCertificates[0], s.opts.Domain)
 }
 
-func (s *Source) verifyClient(cs tls.ConnectionState, roles []Role) error {
+func (s *Source) verifyClient(cs tls.ConnectionState, admit func(protocol string) (Admission, error)) error {
 	chain := cs.PeerCertificates
 	if _, err := s.current.Load().trust.verify(chain, x509.ExtKeyUsageClientAuth, s.opts.Now()); err != nil {
 		return err
@@ -238,22 +245,11 @@ func (s *Source) verifyClient(cs tls.ConnectionState, roles []Role) error {
 	if err != nil {
 		return err
 	}
-	if slices.Contains(roles, id.Role) {
-		return nil
+	admission, err := admit(cs.NegotiatedProtocol)
+	if err != nil {
+		return err
 	}
-	wanted := "no role"
-	for i, r := range roles {
-		if i == 0 {
-			wanted = "role " + string(r)
-		} else {
-			wanted += " or " + string(r)
-		}
-	}
-	return &PeerError{
-		Reason: ReasonRole,
-		Wanted: wanted,
-		Found:  "role " + string(id.Role) + ", " + describe(chain[0]),
-	}
+	return admission.check(s.Identity(), id, chain[0])
 }
 
 func (s *Source) verifyServer(cs tls.ConnectionState, serverName string) error {

@@ -41,7 +41,7 @@ func newPair(t *testing.T, ca *testpki.CA) *pair {
 	start := time.Now()
 	now := func() time.Time { return start.Add(time.Duration(p.clock.Load())) }
 	p.server.opts.Now, p.client.opts.Now = now, now
-	p.serverConfig = p.server.ServerConfig([]string{"p"}, RoleServer)
+	p.serverConfig = p.server.ServerConfig([]string{"p"}, only(RoleServer))
 	return p
 }
 
@@ -189,7 +189,7 @@ func TestTicketIsOfOneConfiguration(t *testing.T) {
 	p := newPair(t, testpki.New(t, "consul"))
 	gateway, _ := load(t, p.ca, p.ca.Leaf(t, testpki.Gateway("dc1", "gw1")))
 	client := gateway.ClientConfig(aliceName, []string{"p"})
-	if server, _ := handshake(p.server.ServerConfig([]string{"p"}, RoleGateway), client); server.err != nil {
+	if server, _ := handshake(p.server.ServerConfig([]string{"p"}, only(RoleGateway)), client); server.err != nil {
 		t.Fatal(server.err)
 	}
 	server, _ := handshake(p.serverConfig, client)
@@ -322,7 +322,7 @@ func TestKeyIsRedacted(t *testing.T) {
 	}
 	bytes := strings.Trim(fmt.Sprintf("%d", secret), "[]")
 	decimal := new(big.Int).SetBytes(secret).String()
-	config, err := src.ServerConfig(nil, RoleServer).GetConfigForClient(nil)
+	config, err := src.ServerConfig(nil, only(RoleServer)).GetConfigForClient(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
