@@ -83,19 +83,31 @@ func calls(f *ast.FuncDecl, name string) bool {
 	return found
 }
 
-// A test that lets time pass does so on the clock of a synctest bubble: tests
-// on the wall clock wait for a condition.
+// A test that lets time pass does so on the clock of a synctest bubble, its own or
+// that of a helper of its package: tests on the wall clock wait for a condition.
 func TestSleepIsForBubbles(t *testing.T) {
-	goFiles(t, true, func(_, file string) {
-		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+	parsed := make(map[string]*ast.File)
+	helpers := make(map[string][]string) // folder -> functions that open a bubble
+	goFiles(t, true, func(dir, file string) {
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		bubbles := false
-		for _, i := range parsed.Imports {
-			bubbles = bubbles || i.Path.Value == `"testing/synctest"`
+		parsed[file] = f
+		for _, d := range f.Decls {
+			if fn, ok := d.(*ast.FuncDecl); ok && imported(f, "testing/synctest") && calls(fn, "Test") {
+				helpers[dir] = append(helpers[dir], fn.Name.Name)
+			}
 		}
-		ast.Inspect(parsed, func(n ast.Node) bool {
+	})
+	goFiles(t, true, func(dir, file string) {
+		f := parsed[file]
+		bubbles := imported(f, "testing/synctest")
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			bubbles = bubbles || ok && slices.ContainsFunc(helpers[dir], func(h string) bool { return calls(fn, h) })
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
 			sel, ok := n.(*ast.SelectorExpr)
 			if !ok || sel.Sel.Name != "Sleep" || bubbles {
 				return true
@@ -106,4 +118,8 @@ func TestSleepIsForBubbles(t *testing.T) {
 			return true
 		})
 	})
+}
+
+func imported(f *ast.File, path string) bool {
+	return slices.ContainsFunc(f.Imports, func(i *ast.ImportSpec) bool { return i.Path.Value == `"`+path+`"` })
 }

@@ -32,10 +32,19 @@ var imports = map[string][]string{
 	"locator": {"sniff", "certs", "catalog"},
 	"admin":   {"sniff", "certs", "catalog"},
 
-	"gateway": {"config", "mux", "locator", "admin", "sniff", "certs", "catalog"},
-	"sidecar": {"config", "mux", "alpn", "packet", "stream", "capture", "locator", "admin", "sniff", "certs", "catalog"},
+	"federation/state": {},
+	"federation/store": {"federation/state"},
+	"federation":       {"federation/state", "federation/store", "certs"},
 
-	"cmd/culvert": {"config", "sidecar", "gateway", "admin", "certs", "capture/ruleset"},
+	"gateway": {"config", "mux", "alpn", "locator", "admin", "federation", "federation/state", "sniff", "certs", "catalog"},
+	"sidecar": {
+		"config", "mux", "alpn", "packet", "stream", "capture", "locator", "admin", "federation", "federation/state", "federation/store",
+		"sniff", "certs", "catalog",
+	},
+
+	"cmd/culvert": {
+		"config", "sidecar", "gateway", "admin", "certs", "capture/ruleset", "locator", "federation", "federation/state",
+	},
 }
 
 // pure packages import nothing of the module at all, not even internal/.
@@ -52,8 +61,11 @@ var fenced = []struct {
 	{"github.com/zclconf/go-cty", []string{"config"}, nil},
 	{"github.com/spf13/cobra", []string{"cmd/culvert"}, nil},
 	{"github.com/miekg/dns", []string{"internal/resolve"}, nil},
+	{"github.com/hashicorp/raft", []string{"federation/store"}, nil},
 	{"github.com/google/nftables", []string{"capture/ruleset"}, nil},
 	{"github.com/mdlayher/netlink", []string{"capture/ruleset", "internal/iproute"}, nil},
+	{"github.com/hashicorp/raft", []string{"federation/store"}, nil},
+	{"github.com/hashicorp/go-hclog", []string{"federation/store"}, nil},
 	{"go.uber.org/zap", nil, []string{"sniff", "config"}},
 	{"github.com/prometheus/", nil, []string{"sniff", "config"}},
 }
