@@ -90,6 +90,10 @@ fuzz: ## Each fuzz target for FUZZTIME (30s)
 bench: ## Benchmarks of the hot paths (BENCHTIME=1s)
 	@$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...
 
+.PHONY: soak
+soak: ## The test of a primary that is away, for five minutes (root)
+	@CULVERT_E2E=require CULVERT_SOAK=5m $(GO) test -count=1 -timeout 15m -v -run TestFederationWithoutItsPrimary ./test
+
 .PHONY: clean
 clean: ## Remove what was built
 	@rm -rf $(BIN) $(CACHE)

@@ -90,6 +90,8 @@ type Options struct {
 	// Status answers /v1/status; what it returns is encoded as JSON. Nil means
 	// that the path does not exist.
 	Status func() any
+	// Handlers are further paths, by patterns of [http.ServeMux].
+	Handlers map[string]http.Handler
 	// Pprof adds /debug/pprof. Profiles tell much about a process, so they are
 	// off unless asked for.
 	Pprof bool
@@ -193,6 +195,9 @@ func newHandler(o Options, log *zap.Logger) http.Handler {
 		mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
 			writeJSON(w, http.StatusOK, o.Status(), log)
 		})
+	}
+	for pattern, h := range o.Handlers {
+		mux.Handle(pattern, h)
 	}
 	if o.Pprof {
 		mux.HandleFunc("GET /debug/pprof/", pprof.Index)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -210,12 +211,12 @@ func TestHTTPOverConns(t *testing.T) {
 	var raw []*watched
 	ctx, stop := context.WithCancel(t.Context())
 	served := make(chan struct{}, 1)
-	transport := h2.NewTransport(func(dialing context.Context, host string) (*tls.Conn, error) {
+	transport := h2.NewTransport(func(dialing context.Context, address string) (*tls.Conn, error) {
 		client, accepted := testtcp.Pair(t)
 		near, far := watch(client), watch(accepted)
 		raw = append(raw, near, far)
 		s.accept.serve(t, far)
-		c, err := s.dialer.DialProtocol(dialing, near, host, HTTP)
+		c, err := s.dialer.DialProtocol(dialing, near, strings.TrimSuffix(address, ":443"), HTTP)
 		if err != nil {
 			return nil, err
 		}

@@ -7,8 +7,8 @@ import (
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 )
 
-// Attributes returns every attribute of the schema, federation aside, as
-// "sidecar: server.address", sorted. Labels do not count.
+// Attributes returns every attribute of the schema, as "sidecar:
+// server.address", sorted. Labels do not count.
 func Attributes() []string {
 	var out []string
 	for kind, schema := range map[Kind]string{
@@ -17,9 +17,14 @@ func Attributes() []string {
 			service.kind service.port service.local service.alpn
 			listen.address listen.passthrough tls.ca_file tls.cert_file tls.key_file
 			peer.datacenter peer.advertise peer.address datacenter.gateways datacenter.mode
+			federation.primary_datacenter federation.primary_gateways federation.bootstrap_expect federation.retry_join
+			federation.data_dir federation.address federation.reap federation.accept.advertise federation.accept.gateways
 			admin.address log.level log.format`,
 		KindGateway: `datacenter node domain domains listen.address sidecar.address sidecar.domain
-			datacenter.gateways tls.ca_file tls.cert_file tls.key_file admin.address log.level log.format`,
+			datacenter.gateways tls.ca_file tls.cert_file tls.key_file
+			federation.primary_datacenter federation.primary_gateways federation.retry_join federation.data_dir
+			federation.address federation.wan_address federation.accept.advertise federation.accept.gateways
+			admin.address log.level log.format`,
 	} {
 		for path := range strings.FieldsSeq(schema) {
 			out = append(out, string(kind)+": "+path)

@@ -165,7 +165,7 @@ func splitHostPort(s, port string) (string, string, error) {
 
 func (u use) host(host string) (string, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
-		if a.IsUnspecified() && !u.listens {
+		if a.Unmap().IsUnspecified() && !u.listens {
 			return "", errors.New("it stands for every address, and one is needed to dial")
 		}
 		return a.String(), nil
@@ -205,18 +205,19 @@ func (b *block) address(key string, u use, override, flagName string) (string, v
 	return full, at
 }
 
-// gatewayList reads a list of gateways. One in which everything is faulty
-// counts as a gateway, so that what follows from it is not told as well.
-func (b *block) gatewayList() []string {
+// addresses reads a list of addresses, each completed and checked by parse. One
+// in which everything is faulty counts as an address, so that what follows from
+// it is not told as well.
+func (b *block) addresses(key, noun string, parse func(what string, it item) string) []string {
 	before := len(b.d.faults)
-	items, _ := b.list("gateways")
+	items, _ := b.list(key)
 	var out []string
 	for _, it := range items {
-		address := b.d.hostPort("a gateway"+b.in(), it.text, use{port: defaultPort}, it.at)
+		address := parse("a "+noun+b.in(), it)
 		switch {
 		case address == "":
-		case slices.Contains(out, address):
-			b.d.fault(it.at, "take one away", "the gateway %s is given twice%s", address, b.in())
+		case slices.ContainsFunc(out, func(o string) bool { return sameAddress(o, address) }):
+			b.d.fault(it.at, "take one away", "the %s %s is given twice%s", noun, address, b.in())
 		default:
 			out = append(out, address)
 		}
@@ -225,6 +226,27 @@ func (b *block) gatewayList() []string {
 		return []string{""}
 	}
 	return out
+}
+
+func (b *block) gatewayList() []string {
+	return b.addresses("gateways", "gateway", b.d.listed)
+}
+
+// listed reads an address of Culvert's own in a list.
+func (d *decoder) listed(what string, it item) string {
+	return d.hostPort(what, it.text, use{port: defaultPort}, it.at)
+}
+
+// sameAddress compares two addresses as DNS compares names.
+func sameAddress(a, b string) bool {
+	plain := func(s string) string {
+		host, port, err := net.SplitHostPort(s)
+		if err != nil { // none of a form that was read
+			return s
+		}
+		return strings.ToLower(strings.TrimSuffix(host, ".") + " " + strings.TrimSuffix(port, "."))
+	}
+	return plain(a) == plain(b)
 }
 
 // listen, admin and log read the blocks that sidecars and gateways have alike.

@@ -9,14 +9,17 @@
 //
 // Values are literals and the functions env("NAME") and hostname(). Unknown
 // keys and values of another type are faults, and so is a block too many;
-// nothing is converted in silence. File names in a tls block are relative to
-// the folder of the configuration file.
+// nothing is converted in silence. File names in a tls block, and the folder in
+// a federation block, are relative to the folder of the configuration file.
 //
 // The package imports nothing of the module and keeps no state. What it
 // returns is never changed by it again.
 package config
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+)
 
 // Sidecar is the configuration of `culvert sidecar`, with every default filled
 // in.
@@ -33,6 +36,7 @@ type Sidecar struct {
 	Gateways    []string // host:port, of the own datacenter
 	Peers       []Peer
 	Datacenters []Datacenter // every other one that has peers or a block
+	Federation  *Federation  // nil where there is no block
 	Admin       Admin
 	Log         Log
 }
@@ -83,7 +87,34 @@ type Peer struct {
 type Datacenter struct {
 	Name     string
 	Gateways []string // host:port
-	Mode     string   // local, remote or direct; "" in a gateway's
+	// Mode is local, remote or direct. It is "" in a gateway's, and beside a
+	// federation block where none is given: what leads there is not known yet.
+	Mode string
+}
+
+// Federation is how datacenters find each other.
+type Federation struct {
+	PrimaryDatacenter string
+	PrimaryGateways   []string // in a secondary: host:port, or "srv:" and the name of SRV records
+	// BootstrapExpect, in the primary's sidecars, is how many begin the store
+	// together: 1, 3, 5 or 7. 0 only joins a store that exists.
+	BootstrapExpect int
+	RetryJoin       []string // in the primary: host:port of its sidecars
+	DataDir         string   // "" keeps everything in memory
+	Address         string   // host:port that the own datacenter dials
+	WANAddress      string   // of a gateway: host:port that other datacenters dial
+	// Reap, in the primary's sidecars, is how long an entry that is no longer
+	// renewed is kept.
+	Reap   time.Duration
+	Accept []Accept
+}
+
+// Accept bounds what the entries of a datacenter may point at. A list that is
+// nil bounds nothing; none is empty.
+type Accept struct {
+	Datacenter string         // the own one as well: nobody else may use its ranges
+	Advertise  []netip.Prefix // masked; no two datacenters' overlap
+	Gateways   []netip.Prefix // masked
 }
 
 // Admin is where metrics, health and status are served.
@@ -105,7 +136,8 @@ type Gateway struct {
 	Listen      Listen
 	Sidecars    []GatewaySidecar
 	Datacenters []Datacenter
-	TLS         TLS // zero where there is no tls block
+	TLS         TLS         // zero where there is no tls block
+	Federation  *Federation // nil where there is no block; TLS is there beside it
 	Admin       Admin
 	Log         Log
 }

@@ -279,7 +279,7 @@ func TestFaults(t *testing.T) {
 		"redirect, port 0":    {strings.Replace(redirectSidecar, `"10.71.0.11:8443"`, `"10.71.0.11:0"`, 1), `capture is "redirect" and listen has port 0; give listen a port`},
 		"redirect, wildcard":  {strings.Replace(redirectSidecar, `address = "10.71.0.11"`, `address = "0.0.0.0"`, 1), `bind the server to one address and name that, or use capture = "redirect" and name the one that it sends to its peers from`},
 		"on_exit":             {goodSidecar + "on_exit = \"shut\"\n", `on_exit is "shut"; one of block, open`},
-		"federation":          {goodSidecar + "federation {}\n", `federation is not available in this version; name the servers in peer blocks`},
+		"federation":          {goodSidecar + "federation {}\n", `primary_datacenter is missing in federation; add primary_datacenter = "dc1"`},
 		"no label":            {goodSidecar + "peer {\n  datacenter = \"dc2\"\n  advertise = \"127.77.2.9\"\n}\n", `peer has no label`},
 		"log level":           {goodSidecar + "log { level = \"infos\" }\n", `level in log is "infos"; did you mean "info"?`},
 	} {
@@ -321,7 +321,7 @@ func TestGatewayFaults(t *testing.T) {
 		},
 		"no address":  {`sidecar "alice" { address = "10.71.0.11" }`, `sidecar "alice" {}`, `address is missing in sidecar "alice"`},
 		"passthrough": {`listen { address = "0.0.0.0:8443" }`, "listen {\n  address = \"0.0.0.0:8443\"\n  passthrough = \"127.0.0.1:1\"\n}", `unknown key "passthrough" in listen`},
-		"federation":  {`domains =`, "federation {}\ndomains =", `federation is not available`},
+		"federation":  {`domains =`, "federation {}\ndomains =", `primary_datacenter is missing in federation`},
 	} {
 		if !strings.Contains(goodGateway, c.old) {
 			t.Fatalf("%s: %q is not in the good configuration", name, c.old)
@@ -394,9 +394,10 @@ func TestRestart(t *testing.T) {
 // Attributes and the decoder must not come apart: each attribute is one that
 // the decoder asks for, and there are no others.
 func TestAttributesAreTheDecoders(t *testing.T) {
-	everything := goodSidecar + "service \"x\" {\n}\ndatacenter \"dc2\" {}\nadmin {}\nlog {}\n"
+	const federationBlock = "federation {\n  accept \"dc2\" {}\n}\n"
+	everything := goodSidecar + "service \"x\" {\n}\ndatacenter \"dc2\" {}\nadmin {}\nlog {}\n" + federationBlock
 	var got []string
-	for kind, text := range map[Kind]string{KindSidecar: everything, KindGateway: goodGateway + tlsBlock + "admin {}\nlog {}\n"} {
+	for kind, text := range map[Kind]string{KindSidecar: everything, KindGateway: goodGateway + tlsBlock + "admin {}\nlog {}\n" + federationBlock} {
 		d, root, err := open(write(t, text), options())
 		if err != nil {
 			t.Fatal(err)

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -107,6 +108,9 @@ type block struct {
 
 	keys  []string // known attributes
 	kinds []string // known blocks
+
+	// elsewhere are attributes of the other kind of file, and a hint for each.
+	elsewhere map[string]string
 }
 
 func (b *block) in() string {
@@ -123,13 +127,18 @@ type value struct {
 	ok  bool // of the type that was wanted
 }
 
-// eval returns the value of an attribute, and notes what keeps it from having
-// one.
-func (b *block) eval(key string) (cty.Value, value) {
+// know notes that an attribute may be here.
+func (b *block) know(key string) {
 	b.keys = append(b.keys, key)
 	if b.d.asked != nil {
 		b.d.asked(b.path + key)
 	}
+}
+
+// eval returns the value of an attribute, and notes what keeps it from having
+// one.
+func (b *block) eval(key string) (cty.Value, value) {
+	b.know(key)
 	attr := b.body.Attributes[key]
 	if attr == nil {
 		return cty.NilVal, value{at: b.at}
@@ -285,14 +294,19 @@ func (b *block) boolean(key string, def bool) bool {
 
 // number reads a whole number within limits; 0 where it is not set or faulty.
 func (b *block) number(key string, low, high int64) (int64, value) {
-	v, at := b.typed(key, cty.Number, "a number", fmt.Sprintf("%s = %d", key, low))
+	return b.whole(key, low, fmt.Sprintf("a whole number from %d to %d", low, high), func(n int64) bool { return low <= n && n <= high })
+}
+
+// whole reads a whole number that fits; 0 where it is not set or faulty.
+func (b *block) whole(key string, example int64, hint string, fits func(int64) bool) (int64, value) {
+	v, at := b.typed(key, cty.Number, "a number", fmt.Sprintf("%s = %d", key, example))
 	if !at.ok {
 		return 0, at
 	}
 	n, accuracy := v.AsBigFloat().Int64()
-	if accuracy != big.Exact || n < low || n > high {
+	if accuracy != big.Exact || !fits(n) {
 		// As it was written: 1e600000000 would have as many digits.
-		b.d.fault(at.at, fmt.Sprintf("a whole number from %d to %d", low, high), "%s%s is %s", key, b.in(), oneLine(string(at.at.SliceBytes(b.d.src))))
+		b.d.fault(at.at, hint, "%s%s is %s", key, b.in(), oneLine(string(at.at.SliceBytes(b.d.src))))
 		at.ok = false
 		return 0, at
 	}
@@ -405,6 +419,7 @@ func (b *block) finish() {
 		if slices.Contains(b.kinds, key) {
 			hint = fmt.Sprintf("write %s { ... }, without =", key)
 		}
+		hint = cmp.Or(b.elsewhere[key], hint)
 		b.d.fault(attr.NameRange, hint, "unknown key %q%s", key, b.in())
 	}
 	for _, hb := range b.body.Blocks {

@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"reflect"
 	"strings"
 	"testing"
@@ -45,6 +46,9 @@ func seeds() []string {
 			"service \"rpc\" {\n  alpn = \"x/rpc\"\n  local = \"127.0.0.1:1\"\n}\nlog {\n  level = \"warn\"\n  format = \"json\"\n}\n",
 		strings.NewReplacer("127.77.1.1", "fd77::1", "127.77.1.2", "fd77::2", "127.77.2.1", "fd77::3", `"10.71.0.12"`, `"[fd00::12]"`).Replace(goodSidecar),
 		goodSidecar + "service \"p\" {\n  kind = \"stream\"\n  port = 1e3000000\n}\n",
+		aloneSidecar + ofOne, aloneSidecar + ofThree, aloneSidecar + ofSecondary, goodSidecar + ofOne,
+		aloneGateway + ofPrimaryGateway, aloneGateway + ofSecondary, goodGateway + tlsBlock + ofOne,
+		aloneSidecar + ofThree + ofSecondary + "federation { accept {} }\n",
 	}
 }
 
@@ -59,8 +63,8 @@ func TestSeedsReachTheRoundTrip(t *testing.T) {
 			gateways++
 		}
 	}
-	if sidecars != 3 || gateways != 2 {
-		t.Errorf("%d sidecars and %d gateways among the seeds, want 3 and 2", sidecars, gateways)
+	if sidecars != 7 || gateways != 4 {
+		t.Errorf("%d sidecars and %d gateways among the seeds, want 7 and 4", sidecars, gateways)
 	}
 }
 
@@ -151,6 +155,7 @@ func writeSidecar(s *Sidecar) string {
 		})
 	}
 	w.datacenters(s.Datacenters)
+	w.federation(s.Federation, s.Federation != nil && s.Federation.PrimaryDatacenter == s.Datacenter)
 	w.rest(s.Listen, s.TLS, s.Admin, s.Log)
 	return w.String()
 }
@@ -166,6 +171,7 @@ func writeGateway(g *Gateway) string {
 		})
 	}
 	w.datacenters(g.Datacenters)
+	w.federation(g.Federation, false)
 	w.rest(g.Listen, g.TLS, g.Admin, g.Log)
 	return w.String()
 }
@@ -184,6 +190,46 @@ func (w *writer) datacenters(all []Datacenter) {
 			}
 			w.optional("mode", d.Mode)
 		})
+	}
+}
+
+// federation writes a block; store tells that the store's settings are in it.
+func (w *writer) federation(f *Federation, store bool) {
+	if f == nil {
+		return
+	}
+	w.block("federation", "", func() {
+		w.text("primary_datacenter", f.PrimaryDatacenter)
+		w.text("data_dir", f.DataDir)
+		w.text("address", f.Address)
+		w.optional("wan_address", f.WANAddress)
+		w.some("primary_gateways", f.PrimaryGateways)
+		w.some("retry_join", f.RetryJoin)
+		if store {
+			fmt.Fprintf(w, "bootstrap_expect = %d\n", f.BootstrapExpect)
+			w.text("reap", f.Reap.String())
+		}
+		for _, a := range f.Accept {
+			w.block("accept", a.Datacenter, func() {
+				w.some("advertise", texts(a.Advertise))
+				w.some("gateways", texts(a.Gateways))
+			})
+		}
+	})
+}
+
+func texts(prefixes []netip.Prefix) []string {
+	var out []string
+	for _, p := range prefixes {
+		out = append(out, p.String())
+	}
+	return out
+}
+
+// some writes a list that is not empty.
+func (w *writer) some(key string, items []string) {
+	if len(items) > 0 {
+		w.list(key, items)
 	}
 }
 

@@ -31,8 +31,8 @@ func (d *decoder) gateway(root *block) *Gateway {
 			g.Datacenters = append(g.Datacenters, dc)
 		}
 	})
-	root.one("tls", func(b *block) { d.tls(b, &g.TLS, g.Datacenter, g.Node, g.Domain, roleGateway) })
-	d.federation(root)
+	identity := root.one("tls", func(b *block) { d.tls(b, &g.TLS, g.Datacenter, g.Node, g.Domain, roleGateway) })
+	d.gatewayFederation(root, g, identity != nil)
 	root.admin(&g.Admin)
 	root.log(&g.Log)
 	root.finish()

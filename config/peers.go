@@ -89,7 +89,7 @@ func (d *decoder) datacenters(root *block, s *Sidecar, peers []placedPeer) {
 		}
 		mode, at := b.oneOf("mode", "", "local", "remote", "direct")
 		dc.Mode = mode
-		if at.ok {
+		if at.ok && s.Federation == nil {
 			d.modeHasWhatItNeeds(b, s, dc, at.at)
 		}
 		switch {
@@ -107,6 +107,11 @@ func (d *decoder) datacenters(root *block, s *Sidecar, peers []placedPeer) {
 			!slices.ContainsFunc(s.Datacenters, func(o Datacenter) bool { return o.Name == p.Datacenter }) {
 			s.Datacenters = append(s.Datacenters, Datacenter{Name: p.Datacenter})
 		}
+	}
+	if s.Federation != nil {
+		// What leads where is known when the records are. A mode that is not
+		// given is chosen then, and nothing can be missed now.
+		return
 	}
 	for i := range s.Datacenters {
 		if s.Datacenters[i].Mode == "" {

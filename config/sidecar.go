@@ -69,12 +69,12 @@ func (d *decoder) sidecar(root *block) *Sidecar {
 	root.listen(&s.Listen, true)
 	d.redirect(s, captured.at)
 	s.Gateways = root.gatewayList()
+	d.sidecarFederation(root, s)
 	peers := d.peers(root, s)
 	d.datacenters(root, s, peers)
 	if root.one("tls", func(b *block) { d.tls(b, &s.TLS, s.Datacenter, s.Node, s.Domain, roleServer) }) == nil {
 		d.fault(root.at, "`culvert tls cert create` makes what goes into it", "the tls block is missing")
 	}
-	d.federation(root)
 	root.admin(&s.Admin)
 	root.log(&s.Log)
 	root.finish()
@@ -118,13 +118,13 @@ func (d *decoder) redirect(s *Sidecar, at hcl.Range) {
 	}
 }
 
-func (d *decoder) federation(root *block) {
-	root.kinds = append(root.kinds, "federation")
-	for _, hb := range root.body.Blocks {
-		if hb.Type == "federation" {
-			d.fault(hb.TypeRange, "name the servers in peer blocks and the gateways in datacenter blocks", "federation is not available in this version")
-		}
+// path makes the name of a file absolute or relative to the working directory:
+// in the configuration it is relative to the folder of that.
+func (d *decoder) path(name string) string {
+	if filepath.IsAbs(name) {
+		return name
 	}
+	return filepath.Join(filepath.Dir(d.file), name)
 }
 
 func (d *decoder) tls(b *block, t *TLS, datacenter, node, domain, role string) {
@@ -132,10 +132,10 @@ func (d *decoder) tls(b *block, t *TLS, datacenter, node, domain, role string) {
 	read := func(key, example string) string {
 		name, at := b.required(key, example)
 		places[key] = at.at
-		if at.ok && !filepath.IsAbs(name) {
-			name = filepath.Join(filepath.Dir(d.file), name)
+		if !at.ok {
+			return name
 		}
-		return name
+		return d.path(name)
 	}
 	before := len(d.faults)
 	got := TLS{read("ca_file", "consul-ca.pem"), read("cert_file", "alice.pem"), read("key_file", "alice-key.pem")}

@@ -83,15 +83,15 @@ func (b *backends) set(r *routes, m *metrics) {
 	old := b.current.Load()
 	m.to(r.datacenter) // at zero, whether it has sidecars or not
 	next := &snapshot{routes: r, backends: make(map[backendKey]*backend, len(r.backends))}
-	for key, addresses := range r.backends {
+	for key, endpoints := range r.backends {
 		be := old.backends[key]
 		switch {
 		case be == nil:
 			be = &backend{pool: b.newPool(), flow: m.to(key.datacenter), open: make(map[string]int)}
-			be.pool.Set(locator.Configured(addresses...))
+			be.pool.Set(endpoints)
 			b.start(be)
-		case !slices.Equal(addresses, old.routes.backends[key]):
-			be.pool.Set(locator.Configured(addresses...))
+		case !slices.Equal(endpoints, old.routes.backends[key]):
+			be.pool.Set(endpoints)
 		}
 		next.backends[key] = be
 	}

@@ -35,6 +35,7 @@ import (
 
 	"culvert/admin"
 	"culvert/config"
+	"culvert/federation"
 	"culvert/internal/resolve"
 	"culvert/internal/sample"
 	"culvert/locator"
@@ -85,6 +86,8 @@ type Gateway struct {
 	resolver *resolve.Resolver
 	dials    *locator.Metrics
 
+	federated *federated // nil without a federation block
+
 	inflight *inflight
 	warned   sample.Sampler
 	ready    atomic.Bool
@@ -112,6 +115,13 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 	}
 	g.own = newOwn(ln.Addr())
 	g.backends = newBackends(g.newPool)
+	if cfg.Federation != nil {
+		g.federated, err = g.newFederated(cfg, o.Registry)
+		if err != nil {
+			_ = ln.Close() // nothing was accepted
+			return nil, err
+		}
+	}
 	if err := g.Reload(cfg); err != nil {
 		_ = ln.Close() // nothing was accepted
 		return nil, err
@@ -134,6 +144,7 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 		Gatherer: o.Registry,
 		Ready:    g.readiness,
 		Status:   func() any { return g.Status() },
+		Handlers: g.federated.handlers(o.Log),
 		Pprof:    o.Pprof,
 		Log:      o.Log,
 	})
@@ -180,7 +191,11 @@ func (g *Gateway) Reload(cfg *config.Gateway) error {
 			return &restartError{fixed}
 		}
 	}
-	r := newRoutes(cfg)
+	view, useReader, err := g.reread(cfg)
+	if err != nil {
+		return err
+	}
+	r := newRoutes(cfg, view)
 	var faults []error
 	for _, address := range r.addresses() {
 		if err := g.own.check(address); err != nil {
@@ -190,9 +205,31 @@ func (g *Gateway) Reload(cfg *config.Gateway) error {
 	if err := errors.Join(faults...); err != nil {
 		return fmt.Errorf("route that leads back here: %w", err)
 	}
+	useReader()
 	g.backends.set(r, g.metrics)
 	g.config.Store(cfg)
 	return nil
+}
+
+// reread reads the certificate again and judges the records by a configuration
+// that is not in force yet. What it says counts once use was called.
+func (g *Gateway) reread(cfg *config.Gateway) (view *federation.View, use func(), err error) {
+	if g.federated == nil {
+		return nil, func() {}, nil
+	}
+	useCertificate, err := g.federated.certs.Reload()
+	if err != nil {
+		return nil, nil, fmt.Errorf("reload certificates: %w", err)
+	}
+	reader := g.federated.reader.Reconfigured(readerOptions(cfg))
+	judged, err := reader.View(g.federated.replica.State())
+	if err != nil {
+		return nil, nil, err
+	}
+	return &judged, func() {
+		useCertificate()
+		g.federated.use(cfg, reader, judged)
+	}, nil
 }
 
 // A restartError names settings that cannot change in a running process.
@@ -209,7 +246,7 @@ func (e *restartError) Hint() string {
 
 func (g *Gateway) newPool() pool {
 	return locator.NewPool(locator.PoolOptions{
-		Resolver: g.resolver, Control: g.own.control, Log: g.opts.Log, Metrics: g.dials,
+		Resolver: g.resolver, Control: g.own.control, Forbid: g.federated.forbidder(), Log: g.opts.Log, Metrics: g.dials,
 	})
 }
 
@@ -233,6 +270,13 @@ func (g *Gateway) Run(ctx context.Context) error {
 		}
 	}()
 	g.backends.run(poolCtx)
+	federationDone := make(chan struct{})
+	go func() {
+		defer close(federationDone)
+		if g.federated != nil {
+			g.runFederation(poolCtx)
+		}
+	}()
 	g.ready.Store(true)
 	unready := context.AfterFunc(ctx, func() { g.ready.Store(false) })
 	defer unready()
@@ -241,6 +285,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 	muxErr := g.mux.Run(ctx)
 	stop()
 	stopPools()
+	<-federationDone
 	g.backends.wait()
 	g.resolver.Close()
 	stopAdmin()

@@ -1,11 +1,15 @@
 package gateway
 
 import (
+	"cmp"
+	"maps"
 	"slices"
 	"strings"
 
 	"culvert/certs"
 	"culvert/config"
+	"culvert/federation"
+	"culvert/locator"
 )
 
 // A backendKey names one pool of addresses: one sidecar (domain and node), any
@@ -17,18 +21,35 @@ type backendKey struct {
 	node       string
 }
 
+func (k backendKey) compare(o backendKey) int {
+	return cmp.Or(cmp.Compare(k.datacenter, o.datacenter), cmp.Compare(k.domain, o.domain), cmp.Compare(k.node, o.node))
+}
+
 // routes say where a server name leads. They are immutable.
 type routes struct {
 	datacenter string   // the gateway's own
 	domains    []string // longest first, so that one inside another is found
-	backends   map[backendKey][]string
+	backends   map[backendKey][]locator.Endpoint
+	configured map[string]bool // addresses
 }
 
-func newRoutes(cfg *config.Gateway) *routes {
+// An origin is who says that an address serves a name.
+type origin int
+
+const (
+	configured origin = iota // the operator
+	sibling                  // records of the own datacenter
+	foreign                  // records of another one, whose claims are bounded
+)
+
+// newRoutes makes routes of a configuration and of what the federation's records
+// say, if there is one. The configuration wins: records add to it.
+func newRoutes(cfg *config.Gateway, view *federation.View) *routes {
 	r := &routes{
 		datacenter: cfg.Datacenter,
 		domains:    slices.Clone(cfg.Domains),
-		backends:   make(map[backendKey][]string),
+		backends:   make(map[backendKey][]locator.Endpoint),
+		configured: make(map[string]bool),
 	}
 	if len(r.domains) == 0 {
 		r.domains = []string{cfg.Domain}
@@ -38,18 +59,61 @@ func newRoutes(cfg *config.Gateway) *routes {
 		if !slices.Contains(r.domains, domain) {
 			r.domains = append(r.domains, domain)
 		}
-		one := backendKey{datacenter: cfg.Datacenter, domain: domain, node: s.Node}
-		all := backendKey{datacenter: cfg.Datacenter, domain: domain}
-		r.backends[one] = append(r.backends[one], s.Address)
-		r.backends[all] = append(r.backends[all], s.Address)
+		r.add(backendKey{cfg.Datacenter, domain, s.Node}, s.Address, configured)
+		r.add(backendKey{cfg.Datacenter, domain, ""}, s.Address, configured)
 	}
 	for _, d := range cfg.Datacenters {
-		if d.Name != cfg.Datacenter {
-			r.backends[backendKey{datacenter: d.Name}] = slices.Clone(d.Gateways)
+		for _, address := range d.Gateways {
+			r.add(backendKey{datacenter: d.Name}, address, configured)
 		}
+	}
+	if cfg.Federation != nil {
+		r.federate(cfg, view)
 	}
 	slices.SortFunc(r.domains, func(a, b string) int { return len(b) - len(a) })
 	return r
+}
+
+// add adds an address to a backend that does not have it.
+func (r *routes) add(to backendKey, address string, from origin) {
+	if from == configured {
+		r.configured[address] = true
+	}
+	for _, e := range r.backends[to] {
+		if e.Address == address {
+			return // a configured one stays what it is
+		}
+	}
+	r.backends[to] = append(r.backends[to], locator.Endpoint{Address: address, Replicated: from == foreign})
+}
+
+// federate adds what the federation block names and what the records say.
+func (r *routes) federate(cfg *config.Gateway, view *federation.View) {
+	f := cfg.Federation
+	for _, address := range f.RetryJoin { // whichever of them answers knows the store
+		r.add(backendKey{datacenter: cfg.Datacenter, domain: cfg.Domain}, address, configured)
+	}
+	if f.PrimaryDatacenter != cfg.Datacenter {
+		for _, address := range f.PrimaryGateways {
+			r.add(backendKey{datacenter: f.PrimaryDatacenter}, address, configured)
+		}
+	}
+	for _, p := range view.Peers {
+		if p.Datacenter != cfg.Datacenter {
+			continue
+		}
+		one := backendKey{cfg.Datacenter, cfg.Domain, p.Node}
+		if len(r.backends[one]) > 0 {
+			continue // the configuration says where it is
+		}
+		r.add(one, p.Address, sibling)
+		r.add(backendKey{cfg.Datacenter, cfg.Domain, ""}, p.Address, sibling)
+	}
+	for dc, addresses := range view.Datacenters {
+		for _, address := range addresses {
+			r.add(backendKey{datacenter: dc}, address, foreign)
+		}
+	}
 }
 
 // sidecarDomain is the domain that a sidecar's names end in.
@@ -86,11 +150,4 @@ func (r *routes) find(serverName string) (backendKey, bool) {
 }
 
 // addresses returns every configured address once, in order.
-func (r *routes) addresses() []string {
-	var all []string
-	for _, addresses := range r.backends {
-		all = append(all, addresses...)
-	}
-	slices.Sort(all)
-	return slices.Compact(all)
-}
+func (r *routes) addresses() []string { return slices.Sorted(maps.Keys(r.configured)) }

@@ -1,8 +1,10 @@
 package gateway
 
 import (
+	"maps"
+	"slices"
+
 	"culvert/admin"
-	"culvert/locator"
 )
 
 // Status is the answer of GET /v1/status.
@@ -14,6 +16,8 @@ type Status struct {
 	Ready      bool            `json:"ready"`
 	Sidecars   []SidecarStatus `json:"sidecars"`
 	Gateways   []RemoteStatus  `json:"gateways"`
+	// Federation is nil without a federation block.
+	Federation *FederationStatus `json:"federation,omitempty"`
 }
 
 // SidecarStatus is one sidecar of the gateway's datacenter.
@@ -24,6 +28,8 @@ type SidecarStatus struct {
 	Healthy   bool   `json:"healthy"`
 	Open      int    `json:"open"` // connections
 	LastError string `json:"last_error"`
+	// Replicated says that it is known from the federation's records.
+	Replicated bool `json:"replicated"`
 }
 
 // RemoteStatus is one gateway of another datacenter.
@@ -33,6 +39,8 @@ type RemoteStatus struct {
 	Healthy    bool   `json:"healthy"`
 	Open       int    `json:"open"` // connections
 	LastError  string `json:"last_error"`
+	// Replicated says that it is known from the federation's records.
+	Replicated bool `json:"replicated"`
 }
 
 // Status tells what the gateway is doing. It does not block.
@@ -40,49 +48,39 @@ func (g *Gateway) Status() Status {
 	cfg, now := g.config.Load(), g.backends.current.Load()
 	s := Status{
 		Kind: "gateway", Datacenter: cfg.Datacenter, Node: cfg.Node, Version: g.opts.Version, Ready: g.ready.Load(),
-		Sidecars: []SidecarStatus{}, Gateways: []RemoteStatus{},
+		Sidecars: []SidecarStatus{}, Gateways: []RemoteStatus{}, Federation: g.federated.status(cfg),
 	}
-	for _, c := range cfg.Sidecars {
-		domain := sidecarDomain(cfg, c)
-		one := now.backends[backendKey{cfg.Datacenter, domain, c.Node}]
-		all := now.backends[backendKey{cfg.Datacenter, domain, ""}]
-		if one == nil || all == nil {
-			continue // a Reload is under way
-		}
-		e := endpoint(one.pool, c.Address)
-		s.Sidecars = append(s.Sidecars, SidecarStatus{
-			Node: c.Node, Domain: domain, Address: c.Address, Healthy: e.Healthy,
-			Open: one.openTo(c.Address) + all.openTo(c.Address), LastError: e.LastError,
-		})
-	}
-	for _, d := range cfg.Datacenters {
-		to := now.backends[backendKey{datacenter: d.Name}]
-		if to == nil {
-			continue
-		}
-		for _, address := range d.Gateways {
-			e := endpoint(to.pool, address)
-			s.Gateways = append(s.Gateways, RemoteStatus{
-				Address: address, Datacenter: d.Name, Healthy: e.Healthy, Open: to.openTo(address), LastError: e.LastError,
-			})
+	for _, key := range slices.SortedFunc(maps.Keys(now.backends), backendKey.compare) {
+		to := now.backends[key]
+		switch {
+		case key.datacenter == cfg.Datacenter && key.node != "":
+			all := now.backends[backendKey{key.datacenter, key.domain, ""}]
+			for _, e := range to.pool.Status() {
+				s.Sidecars = append(s.Sidecars, SidecarStatus{
+					Node: key.node, Domain: key.domain, Address: e.Endpoint, Healthy: e.Healthy,
+					Open: to.openTo(e.Endpoint) + all.openTo(e.Endpoint), LastError: e.LastError, Replicated: !now.routes.configured[e.Endpoint],
+				})
+			}
+		case key.datacenter != cfg.Datacenter:
+			for _, e := range to.pool.Status() {
+				s.Gateways = append(s.Gateways, RemoteStatus{
+					Address: e.Endpoint, Datacenter: key.datacenter, Healthy: e.Healthy, Open: to.openTo(e.Endpoint),
+					LastError: e.LastError, Replicated: !now.routes.configured[e.Endpoint],
+				})
+			}
 		}
 	}
 	return s
 }
 
-// endpoint finds what a pool knows of an address.
-func endpoint(p pool, address string) locator.EndpointStatus {
-	for _, e := range p.Status() {
-		if e.Endpoint == address {
-			return e
-		}
-	}
-	return locator.EndpointStatus{}
-}
-
 func (g *Gateway) readiness() admin.Readiness {
 	s := g.Status()
-	r := admin.All(admin.Check{Name: "listener", OK: s.Ready})
+	checks := []admin.Check{{Name: "listener", OK: s.Ready}}
+	// A gateway of the primary has the way that everybody needs at first.
+	if cfg := g.config.Load(); g.federated != nil && cfg.Federation.PrimaryDatacenter != cfg.Datacenter {
+		checks = append(checks, g.federated.loaded())
+	}
+	r := admin.All(checks...)
 	r.Details = map[string]any{"sidecars": s.Sidecars, "gateways": s.Gateways}
 	return r
 }

@@ -28,8 +28,7 @@ type capturer interface {
 
 // newCapture begins to take what the server sends: binds its endpoints, or
 // installs the rules that turn it here.
-func (s *Sidecar) newCapture(cfg *config.Sidecar, log *zap.Logger, m *capture.Metrics) (capturer, error) {
-	peers := s.catalog.Load().Peers
+func (s *Sidecar) newCapture(cfg *config.Sidecar, peers []catalog.Peer, log *zap.Logger, m *capture.Metrics) (capturer, error) {
 	if cfg.Capture != config.CaptureRedirect {
 		b, err := capture.NewBind(peers, capture.BindOptions{
 			Self: s.self(), Server: cfg.Server.Address, Advertise: cfg.Server.Advertise, Hairpin: cfg.Server.Hairpin,

@@ -2,8 +2,10 @@ package sidecar
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -31,6 +33,21 @@ func (h handler) Stream(ctx context.Context, to catalog.Key, service string, c *
 	h.outbound.Stream(ctx, to, service, c)
 }
 
+var errCritical = errors.New("the peer has stopped renewing its entry in the federation, and no connection to it is up")
+
+// isGone tells whether a peer is refused at once, so that the server does not wait
+// for who is not there: the records say that it has stopped renewing its entry, and
+// its own connections do not say otherwise. Those who are merely cut off from the
+// primary go on.
+func (s *Sidecar) isGone(to catalog.Key) bool {
+	p, ok := s.catalog.Load().Peer(to)
+	if !ok || !p.Critical {
+		return false
+	}
+	links := s.links.status(to)
+	return len(links) > 0 && !slices.ContainsFunc(links, func(l packet.LinkStatus) bool { return l.State == "up" })
+}
+
 func (s *Sidecar) dialPacket(ctx context.Context, to catalog.Key, service string) (packet.Conn, error) {
 	c, err := s.dialPeer(ctx, to, service)
 	if err != nil {
@@ -40,6 +57,9 @@ func (s *Sidecar) dialPacket(ctx context.Context, to catalog.Key, service string
 }
 
 func (s *Sidecar) dialStream(ctx context.Context, to catalog.Key, service string) (net.Conn, error) {
+	if s.isGone(to) {
+		return nil, errCritical
+	}
 	c, err := s.dialPeer(ctx, to, service)
 	if err != nil {
 		return nil, err

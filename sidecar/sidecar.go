@@ -72,6 +72,7 @@ type Sidecar struct {
 	certs   *certs.Source
 	catalog *catalog.Catalog
 	locator *locator.Locator
+	table   *alpn.Table
 	dialer  *alpn.Dialer
 
 	links    *links
@@ -82,6 +83,8 @@ type Sidecar struct {
 	outbound *stream.Outbound
 	inbound  *stream.Inbound
 	capture  capturer
+
+	federated *federated // nil without a federation block
 
 	mux   *mux.Server
 	admin *admin.Server
@@ -116,19 +119,28 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	s.catalog = catalog.New(snapshot(cfg))
 
 	// Outward: a path, then TLS to whom the name says.
-	table, err := alpn.NewTable(protocols(cfg.Services))
+	s.table, err = alpn.NewTable(protocols(cfg.Services), federationProtocols(cfg)...)
 	if err != nil {
 		return nil, fmt.Errorf("build the protocol table: %w", err)
 	}
 	s.locator, err = locator.New(s.catalog, locator.Options{
-		Control: control(cfg),
-		Log:     o.Log, Metrics: locator.NewMetrics(o.Registry),
+		Control: control(cfg), Forbid: s.forbid,
+		Log: o.Log, Metrics: locator.NewMetrics(o.Registry),
 	})
 	if err != nil {
 		return nil, err
 	}
 	tlsMetrics := alpn.NewMetrics(o.Registry)
-	s.dialer = alpn.NewDialer(table, s.certs, alpn.DialerOptions{Metrics: tlsMetrics})
+	s.dialer = alpn.NewDialer(s.table, s.certs, alpn.DialerOptions{Metrics: tlsMetrics})
+
+	// Who else there is, as far as it was known before.
+	if cfg.Federation != nil {
+		s.federated, err = s.newFederated(cfg, o.Log, o.Registry)
+		if err != nil {
+			return nil, err
+		}
+		s.catalog.Store(s.snapshotNow(cfg))
+	}
 
 	// What is carried.
 	s.packets = packet.NewMetrics(o.Registry)
@@ -137,13 +149,12 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	streams := stream.NewMetrics(o.Registry, named(cfg.Services, false)...)
 	s.outbound = stream.NewOutbound(s.dialStream, stream.OutboundOptions{Log: o.Log, Metrics: streams})
 
-	s.links.set(s.carried(s.catalog.Load().Peers))
 	s.inbound = stream.NewInbound(s.dialServer, stream.InboundOptions{Log: o.Log, Metrics: streams})
 
 	// Inward: what the far sidecars dial.
 	muxMetrics := mux.NewMetrics(o.Registry, alpn.Reasons()...)
-	terminator, err := alpn.NewServer(table, s.certs, alpn.ServerOptions{
-		Packet: packetHandler{s}, Stream: streamHandler{s},
+	terminator, err := alpn.NewServer(s.table, s.certs, alpn.ServerOptions{
+		Packet: packetHandler{s}, Stream: streamHandler{s}, Raft: s.federated.raftHandler(), HTTP: s.federated.apiHandler(),
 		Refused: muxMetrics.Refused, Log: o.Log, Metrics: tlsMetrics,
 	})
 	if err != nil {
@@ -166,15 +177,19 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	}
 	s.admin, err = admin.New(admin.Options{
 		Address: cfg.Admin.Address, Gatherer: o.Registry, Ready: s.readiness, Status: func() any { return s.Status() },
-		Pprof: o.Pprof, Log: o.Log,
+		Handlers: s.handlers(o.Log), Pprof: o.Pprof, Log: o.Log,
 	})
 	if err != nil {
 		return nil, listenError{err}
 	}
 
 	// The local server's side, last: from here on it is taken from it.
-	s.capture, err = s.newCapture(cfg, o.Log, capture.NewMetrics(o.Registry))
-	if err != nil {
+	captured := capture.NewMetrics(o.Registry)
+	begin := func(peers []catalog.Peer) (err error) {
+		s.capture, err = s.newCapture(cfg, peers, o.Log, captured)
+		return err
+	}
+	if err := s.use(cfg, s.catalog.Load(), begin); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -199,6 +214,9 @@ func (s *Sidecar) close() {
 	}
 	if s.admin != nil {
 		_ = s.admin.Close()
+	}
+	if s.federated != nil {
+		s.federated.close()
 	}
 }
 
@@ -228,6 +246,9 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	coreParts.run("locator", func() error { return s.locator.Run(core) })
 	coreParts.run("links", func() error { return s.links.run(core) })
 	coreParts.run("capture", func() error { return s.capture.Run(core) })
+	if s.federated != nil {
+		coreParts.run("federation", func() error { return s.runFederation(core) })
+	}
 	edgeParts := newParts(stopFront)
 	edgeParts.run("admin", func() error { return s.admin.Run(edge) })
 

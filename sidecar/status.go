@@ -18,6 +18,8 @@ type Status struct {
 	Capture    CaptureStatus   `json:"capture"`
 	Peers      []PeerStatus    `json:"peers"`
 	Gateways   []GatewayStatus `json:"gateways"`
+	// Federation is nil without a federation block.
+	Federation *FederationStatus `json:"federation,omitempty"`
 }
 
 // PeerStatus is one peer. Packets and bytes are totals since the start; sent
@@ -27,6 +29,7 @@ type PeerStatus struct {
 	Datacenter      string            `json:"datacenter"`
 	Node            string            `json:"node"`
 	Advertise       string            `json:"advertise"`
+	Critical        bool              `json:"critical"` // by its federation's records: it has stopped renewing its entry
 	Endpoint        string            `json:"endpoint"` // with redirect where its streams come from, "" with bind
 	Path            string            `json:"path"`     // direct, local, remote, primary or native; plain where it is not captured
 	Gateway         string            `json:"gateway"`  // the one in use, "" for none
@@ -60,7 +63,7 @@ func (s *Sidecar) Status() Status {
 	st := Status{
 		Kind: "sidecar", Datacenter: snap.Self.Datacenter, Node: snap.Self.Node, Version: s.version,
 		Ready: s.readiness().Ready, Peers: make([]PeerStatus, 0, len(snap.Peers)), Gateways: s.gatewayStatus(),
-		Capture: captured,
+		Capture: captured, Federation: s.federated.status(s.cfg.Load()),
 	}
 	for _, p := range snap.Peers {
 		peer := s.peerStatus(p)
@@ -85,7 +88,7 @@ func (s *Sidecar) gatewayStatus() []GatewayStatus {
 
 func (s *Sidecar) peerStatus(p catalog.Peer) PeerStatus {
 	st := PeerStatus{
-		Datacenter: p.Datacenter, Node: p.Node, Advertise: p.Advertise.String(),
+		Datacenter: p.Datacenter, Node: p.Node, Advertise: p.Advertise.String(), Critical: p.Critical,
 		State: "idle", Drops: make(map[string]uint64),
 	}
 	path := s.locator.Path(p.Key)

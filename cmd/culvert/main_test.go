@@ -144,7 +144,7 @@ func TestUsageErrors(t *testing.T) {
 
 func TestStatusOfNobody(t *testing.T) {
 	code, _, stderr := culvert(t, "status", "--admin", "127.0.0.1:1")
-	if code != exitRuntime || !strings.Contains(stderr, "culvert: error: ask for the status") || !strings.Contains(stderr, "culvert: hint: is the process running") {
+	if code != exitRuntime || !strings.Contains(stderr, "culvert: error: ask 127.0.0.1:1: ") || !strings.Contains(stderr, "culvert: hint: is the process running") {
 		t.Errorf("ends with %d and prints %q", code, stderr)
 	}
 }

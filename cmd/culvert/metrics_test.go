@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -37,23 +38,24 @@ func rows(reg *prometheus.Registry) []string {
 	return out
 }
 
-// docs/metrics.md lists every metric of a sidecar and of a gateway, and no
-// other, in the words of their help.
-func TestMetricsPage(t *testing.T) {
-	cfg, err := config.LoadSidecar(files(t, "alice", nil), configOptions(config.Overrides{}))
+// registered returns the registries of a sidecar and of a gateway that were made of
+// two files.
+func registered(t *testing.T, sidecarFile, gatewayFile string) (side, gate *prometheus.Registry) {
+	t.Helper()
+	cfg, err := config.LoadSidecar(sidecarFile, configOptions(config.Overrides{}))
 	if err != nil {
 		t.Fatal(err)
 	}
-	side := newRegistry()
+	side, gate = newRegistry(), newRegistry()
 	s, err := sidecar.New(cfg, sidecar.Options{Registry: side})
 	if err != nil {
 		t.Fatal(err)
 	}
-	gate := newRegistry()
-	g, err := gateway.New(&config.Gateway{
-		Datacenter: "dc1", Node: "gw", Domain: "consul",
-		Listen: config.Listen{Address: "127.0.0.1:0"}, Admin: config.Admin{Address: "127.0.0.1:0"},
-	}, gateway.Options{Registry: gate})
+	gcfg, err := config.LoadGateway(gatewayFile, configOptions(config.Overrides{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := gateway.New(gcfg, gateway.Options{Registry: gate})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,12 +66,43 @@ func TestMetricsPage(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	return side, gate
+}
+
+// without returns the rows of some that others do not have.
+func without(all, others []string) []string {
+	return slices.DeleteFunc(slices.Clone(all), func(row string) bool { return slices.Contains(others, row) })
+}
+
+// docs/metrics.md lists every metric of a sidecar and of a gateway, what a
+// federation block adds to each, and no other, in the words of their help.
+func TestMetricsPage(t *testing.T) {
+	alone := filepath.Join(t.TempDir(), "gateway.hcl")
+	text := "datacenter = \"dc1\"\nnode = \"gw\"\nlisten { address = \"127.0.0.1:0\" }\nadmin { address = \"127.0.0.1:0\" }\n" +
+		"sidecar \"alice\" { address = \"127.0.0.1:8443\" }\n"
+	if err := os.WriteFile(alone, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	side, gate := registered(t, files(t, "alice", nil), alone)
+	sidecarFile, gatewayFile := federated(t, "dc1")
+	primarySide, primaryGate := registered(t, sidecarFile, gatewayFile)
+	sidecarFile, gatewayFile = federated(t, "dc0")
+	secondarySide, secondaryGate := registered(t, sidecarFile, gatewayFile)
+	if more := without(rows(secondaryGate), rows(primaryGate)); len(more) > 0 {
+		t.Errorf("a gateway of a secondary has more than one of the primary: %v", more)
+	}
 	page, err := os.ReadFile("../../docs/metrics.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	sections := strings.Split(string(page), "\n## ")
-	for kind, want := range map[string][]string{"Sidecar": rows(side), "Gateway": rows(gate)} {
+	for kind, want := range map[string][]string{
+		"Sidecar\n":                           rows(side),
+		"Gateway\n":                           rows(gate),
+		"A sidecar with a federation block\n": without(rows(secondarySide), rows(side)),
+		"A sidecar of the primary, besides\n": without(rows(primarySide), rows(secondarySide)),
+		"A gateway with a federation block\n": without(rows(primaryGate), rows(gate)),
+	} {
 		i := slices.IndexFunc(sections, func(s string) bool { return strings.HasPrefix(s, kind) })
 		if i < 0 {
 			t.Fatalf("docs/metrics.md has no section %q", kind)
@@ -80,7 +113,7 @@ func TestMetricsPage(t *testing.T) {
 				got = append(got, strings.TrimSpace(line))
 			}
 		}
-		if !slices.Equal(got, want) {
+		if !slices.Equal(got, want) || len(want) == 0 {
 			t.Errorf("docs/metrics.md, %s, should have\n%s", kind, strings.Join(want, "\n"))
 		}
 	}

@@ -66,7 +66,7 @@ datacenter.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{err, fmt.Sprintf("see `%s --help`", cmd.CommandPath())}
 	})
-	root.AddCommand(sidecarCommand(), gatewayCommand(), validateCommand(), statusCommand(), captureCommand(), tlsCommand())
+	root.AddCommand(sidecarCommand(), gatewayCommand(), validateCommand(), statusCommand(), explainCommand(), captureCommand(), federationCommand(), tlsCommand())
 	markUsage(root)
 	return root
 }

@@ -18,8 +18,8 @@ import (
 )
 
 const (
-	statusTimeout = 5 * time.Second
-	maxStatus     = 64 << 20 // bytes; 5,000 peers are about 3 MB
+	statusTimeout = 20 * time.Second // a probe of a peer that does not answer takes 15
+	maxStatus     = 64 << 20         // bytes; 5,000 peers are about 3 MB
 )
 
 func statusCommand() *cobra.Command {
@@ -33,7 +33,7 @@ the gateways, what was carried and dropped, and the last errors.`,
 		Example: `  culvert status
   culvert status --admin 127.0.0.1:7441 --json`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			body, err := fetchStatus(cmd.Context(), addr)
+			body, err := fetch(cmd.Context(), addr, "/v1/status")
 			if err != nil {
 				return err
 			}
@@ -57,27 +57,32 @@ func (e unreachableError) Hint() string {
 	return "is the process running, and is --admin the address of its admin block?"
 }
 
-func fetchStatus(ctx context.Context, addr string) ([]byte, error) {
+// fetch returns what a running process answers on a path of its admin address.
+func fetch(ctx context.Context, addr, path string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/v1/status", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+path, nil)
 	if err != nil {
 		return nil, usageError{fmt.Errorf("--admin %q: %w", addr, err), "give it as host:port"}
 	}
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, unreachableError{fmt.Errorf("ask for the status: %w", err)}
+		return nil, unreachableError{fmt.Errorf("ask %s: %w", addr, errors.Unwrap(err))}
 	}
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxStatus))
 	if err != nil {
-		return nil, unreachableError{fmt.Errorf("read the status: %w", err)}
+		return nil, unreachableError{fmt.Errorf("read the answer: %w", err)}
 	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, unreachableError{fmt.Errorf("ask %s for the status: it answered %s", addr, resp.Status)}
+	if resp.StatusCode == http.StatusOK {
+		return body, nil
 	}
-	return body, nil
+	var said struct{ Error string }
+	if json.Unmarshal(body, &said) == nil && said.Error != "" {
+		return nil, errors.New(said.Error)
+	}
+	return nil, unreachableError{fmt.Errorf("ask %s for %s: it answered %s", addr, path, resp.Status)}
 }
 
 func printStatus(w io.Writer, body []byte) error {

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"culvert/federation"
 	"culvert/gateway"
 	"culvert/sidecar"
 )
@@ -15,10 +16,13 @@ func printSidecar(w io.Writer, s sidecar.Status) {
 	_, _ = fmt.Fprintf(w, "sidecar %s/%s, version %s, %s\n\n", s.Datacenter, s.Node, s.Version, readiness(s.Ready))
 	row(w, "PEER", "ADVERTISE", "ENDPOINT", "STATE", "PATH", "GATEWAY", "PACKETS OUT", "IN", "BYTES OUT", "IN", "STREAMS", "DROPS", "LAST ERROR")
 	for _, p := range s.Peers {
-		row(w, p.Datacenter+"/"+p.Node, p.Advertise, orDash(p.Endpoint), p.State, p.Path, orDash(p.Gateway), p.PacketsSent, p.PacketsReceived,
+		row(w, p.Datacenter+"/"+p.Node, p.Advertise, orDash(p.Endpoint), stateOf(p), p.Path, orDash(p.Gateway), p.PacketsSent, p.PacketsReceived,
 			p.BytesSent, p.BytesReceived, fmt.Sprintf("%d/%d", p.StreamsOpen, p.StreamsTotal), drops(p.Drops), orDash(p.LastError))
 	}
 	printLost(w, s.Capture)
+	if f := s.Federation; f != nil {
+		printFederation(w, federationLine(f.Role+" of "+f.Primary, f.Store, f.Index, f.Left), f.KeptOut, f.Waiting, f.LastError, f.LastRefusal)
+	}
 	if len(s.Gateways) == 0 {
 		return
 	}
@@ -27,6 +31,13 @@ func printSidecar(w io.Writer, s sidecar.Status) {
 	for _, g := range s.Gateways {
 		row(w, g.Address, g.Datacenter, health(g.Healthy), orDash(g.LastError))
 	}
+}
+
+func stateOf(p sidecar.PeerStatus) string {
+	if p.Critical {
+		return p.State + ", critical"
+	}
+	return p.State
 }
 
 // printLost tells what redirect refuses, and what keeps it from working.
@@ -44,11 +55,42 @@ func printLost(w io.Writer, c sidecar.CaptureStatus) {
 	}
 }
 
+// federationLine says in one line how a process stands in its federation.
+func federationLine(role, store string, index uint64, left bool) string {
+	line := "federation: " + role
+	if store == "" {
+		line += ", no store is known yet"
+	} else {
+		line += fmt.Sprintf(", store %s at %d", store, index)
+	}
+	if left {
+		line += ", has LEFT: start the process again to come back"
+	}
+	return line
+}
+
+// printFederation prints what keeps a federation from being as it should.
+func printFederation(w io.Writer, line string, keptOut []federation.Refusal, troubles ...string) {
+	row(w)
+	_, _ = fmt.Fprintln(w, line)
+	for _, trouble := range troubles {
+		if trouble != "" {
+			_, _ = fmt.Fprintln(w, "  "+trouble)
+		}
+	}
+	for _, k := range keptOut {
+		_, _ = fmt.Fprintf(w, "  kept out: %s\n", k)
+	}
+}
+
 func printGateway(w io.Writer, g gateway.Status) {
 	_, _ = fmt.Fprintf(w, "gateway %s/%s, version %s, %s\n\n", g.Datacenter, g.Node, g.Version, readiness(g.Ready))
 	row(w, "SIDECAR", "DOMAIN", "ADDRESS", "HEALTH", "OPEN", "LAST ERROR")
 	for _, s := range g.Sidecars {
 		row(w, s.Node, s.Domain, s.Address, health(s.Healthy), s.Open, orDash(s.LastError))
+	}
+	if f := g.Federation; f != nil {
+		printFederation(w, federationLine("of "+f.Primary, f.Store, f.Index, f.Left), f.KeptOut, f.LastError, f.LastRefusal)
 	}
 	if len(g.Gateways) == 0 {
 		return

@@ -55,15 +55,27 @@ func validateFile(file string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		return fmt.Sprintf("gateway %s/%s, %s, %s", g.Datacenter, g.Node,
-			count(len(g.Sidecars), "sidecar"), count(len(g.Datacenters), "other datacenter")), nil
+		return fmt.Sprintf("gateway %s/%s, %s, %s%s", g.Datacenter, g.Node,
+			count(len(g.Sidecars), "sidecar"), count(len(g.Datacenters), "other datacenter"), standing(g.Datacenter, g.Federation)), nil
 	}
 	s, err := config.LoadSidecar(file, o)
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("sidecar %s/%s, %s, %s, %s", s.Datacenter, s.Node,
-		count(len(s.Services), "service"), count(len(s.Peers), "peer"), count(len(s.Gateways), "gateway")), nil
+	return fmt.Sprintf("sidecar %s/%s, %s, %s, %s%s", s.Datacenter, s.Node,
+		count(len(s.Services), "service"), count(len(s.Peers), "peer"), count(len(s.Gateways), "gateway"), standing(s.Datacenter, s.Federation)), nil
+}
+
+// standing tells what a datacenter is in its federation, if there is one: a
+// mistyped name of the primary makes a secondary of it, without a fault.
+func standing(datacenter string, f *config.Federation) string {
+	switch {
+	case f == nil:
+		return ""
+	case f.PrimaryDatacenter == datacenter:
+		return ", primary of its federation"
+	}
+	return ", secondary of " + f.PrimaryDatacenter
 }
 
 func count(n int, noun string) string {

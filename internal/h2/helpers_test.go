@@ -92,9 +92,9 @@ func bubble(t *testing.T, o ServerOptions, f func(t *testing.T, s *site)) {
 	})
 }
 
-func (s *site) dial(ctx context.Context, name string) (*tls.Conn, error) {
-	if name != host {
-		return nil, errors.New("asked for " + name)
+func (s *site) dial(ctx context.Context, to string) (*tls.Conn, error) {
+	if to != host+":443" {
+		return nil, errors.New("asked for " + to)
 	}
 	if ch := s.wait.Load(); ch != nil {
 		select {

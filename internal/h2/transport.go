@@ -28,8 +28,8 @@ type TransportOptions struct {
 }
 
 // NewTransport returns a transport for https URLs. dial makes the connections:
-// host is the URL's host name, its port is not looked at. A connection that it
-// returns is the transport's.
+// address is the URL's host and port, 443 where it names none. A connection that
+// it returns is the transport's.
 //
 // Requests to one host share a connection, also those that wait while it is
 // dialled; there is another only while the first has as many requests under way
@@ -38,7 +38,7 @@ type TransportOptions struct {
 //
 // The owner calls CloseIdleConnections when it is done. Redirects and the bounds
 // of bodies are the business of an [http.Client] and its caller.
-func NewTransport(dial func(ctx context.Context, host string) (*tls.Conn, error), o TransportOptions) *http.Transport {
+func NewTransport(dial func(ctx context.Context, address string) (*tls.Conn, error), o TransportOptions) *http.Transport {
 	if o.DialTimeout == 0 {
 		o.DialTimeout = DefaultDialTimeout
 	}
@@ -67,18 +67,14 @@ func NewTransport(dial func(ctx context.Context, host string) (*tls.Conn, error)
 }
 
 func connect(ctx context.Context, dial func(context.Context, string) (*tls.Conn, error), address string) (net.Conn, error) {
-	host, _, err := net.SplitHostPort(address)
-	if err != nil {
-		return nil, err
-	}
-	c, err := dial(ctx, host)
+	c, err := dial(ctx, address)
 	if err != nil {
 		return nil, err
 	}
 	// net/http would speak HTTP/1 on it.
 	if p := c.ConnectionState().NegotiatedProtocol; p != protocol {
 		_ = c.Close()
-		return nil, fmt.Errorf("%s negotiated %q, not %s", host, p, protocol)
+		return nil, fmt.Errorf("%s negotiated %q, not %s", address, p, protocol)
 	}
 	return c, nil
 }
