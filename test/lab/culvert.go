@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"culvert/certs"
 	"culvert/sidecar"
 	"culvert/test/scrape"
 )
@@ -166,13 +167,32 @@ func (p *PKI) Server(dc, node, domain string) string { return p.leaf("server", d
 // Gateway is Server for a gateway.
 func (p *PKI) Gateway(dc, node, domain string) string { return p.leaf("gateway", dc, node, domain) }
 
+// Source loads a certificate, made if it has to be, as a process of that role and
+// name would.
+func (p *PKI) Source(role, dc, node, domain string) *certs.Source {
+	p.t.Helper()
+	ca, name := p.files(role, dc, node, domain)
+	s, err := certs.Load(certs.Options{CAFile: ca, CertFile: name + ".pem", KeyFile: name + "-key.pem", Domain: domain})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return s
+}
+
 func (p *PKI) leaf(role, dc, node, domain string) string {
 	p.t.Helper()
-	name := filepath.Join(p.dir, fmt.Sprintf("%s-%s-%s-%s", dc, role, domain, node))
+	ca, name := p.files(role, dc, node, domain)
+	return TLSBlock(ca, name+".pem", name+"-key.pem")
+}
+
+// files returns the CA's file, and a certificate's without its suffix.
+func (p *PKI) files(role, dc, node, domain string) (ca, name string) {
+	p.t.Helper()
+	name = filepath.Join(p.dir, fmt.Sprintf("%s-%s-%s-%s", dc, role, domain, node))
 	if _, err := os.Stat(name + ".pem"); err != nil {
 		p.run("tls", "cert", "create", "--"+role, "--dc", dc, "--node", node, "--domain", domain)
 	}
-	return TLSBlock(filepath.Join(p.dir, domain+"-ca.pem"), name+".pem", name+"-key.pem")
+	return filepath.Join(p.dir, domain+"-ca.pem"), name
 }
 
 // TLSBlock is the tls block for three files.

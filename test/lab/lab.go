@@ -213,15 +213,21 @@ func (h *Host) quiet(ipv6 bool) {
 	} else {
 		set["ipv6/conf/all/disable_ipv6"], set["ipv6/conf/default/disable_ipv6"] = "1", "1"
 	}
+	h.set(set)
+}
+
+// set sets what the host's kernel has of some settings beneath /proc/sys/net.
+func (h *Host) set(values map[string]string) {
+	h.t.Helper()
 	if err := h.Do(func() error {
-		for key, value := range set {
+		for key, value := range values {
 			if err := os.WriteFile("/proc/sys/net/"+key, []byte(value), 0o644); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return err
 			}
 		}
 		return nil
 	}); err != nil {
-		h.t.Fatalf("quiet %s: %v", h.Name, err)
+		h.t.Fatalf("set up %s: %v", h.Name, err)
 	}
 }
 
