@@ -247,6 +247,10 @@ func (a *api) failed(w http.ResponseWriter, r *http.Request, id certs.Identity, 
 		w.Header().Set("Location", "https://"+certs.ServerName(elsewhere.Node, a.o.Datacenter, a.o.Domain)+r.URL.RequestURI())
 		w.Header().Set(LeaderHeader, elsewhere.Address)
 		fail(w, http.StatusTemporaryRedirect, failure{Error: err.Error()})
+	case errors.Is(err, store.ErrNoMember):
+		fail(w, http.StatusNotFound, failure{Error: err.Error()})
+	case errors.Is(err, store.ErrLastVoter):
+		fail(w, http.StatusConflict, failure{Error: err.Error()})
 	case errors.Is(err, state.ErrFull):
 		a.refuse(w, id, http.StatusInsufficientStorage, failure{Reason: refusedFull, Error: err.Error()})
 	default: // no leader yet, a disk that is full

@@ -241,7 +241,7 @@ func (e *restartError) Error() string {
 
 // Hint tells what can.
 func (e *restartError) Hint() string {
-	return "sidecars and datacenters change live; restart the gateway for the rest"
+	return "sidecars, datacenters, and of the federation primary_gateways, retry_join and accept change live; restart the gateway for the rest"
 }
 
 func (g *Gateway) newPool() pool {

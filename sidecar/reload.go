@@ -22,7 +22,7 @@ func (e *restartError) Error() string {
 
 // Hint tells what can.
 func (e *restartError) Hint() string {
-	return "peers, gateways, datacenters and the certificates' contents change live; restart the sidecar for the rest"
+	return "peers, gateways, datacenters, the certificates' contents, and of the federation primary_gateways, retry_join and accept change live; restart the sidecar for the rest"
 }
 
 // Reload makes cfg the running configuration: peers, gateways and datacenters,

@@ -282,18 +282,14 @@ again. Stopping it is no farewell: do this first where a server goes for good.`,
 		Example: `  culvert federation leave --config /etc/culvert/sidecar.hcl`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.run(cmd, func(ctx context.Context, client *federation.Client, self state.Key) error {
-				return removeEntry(ctx, cmd.OutOrStdout(), client, self)
+				if err := client.Remove(ctx, self); err != nil {
+					return err
+				}
+				_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s has left the federation\n", self)
+				return err
 			})
 		},
 	})
-}
-
-func removeEntry(ctx context.Context, w io.Writer, client *federation.Client, k state.Key) error {
-	if err := client.Remove(ctx, k); err != nil {
-		return err
-	}
-	_, err := fmt.Fprintf(w, "%s has left the federation\n", k)
-	return err
 }
 
 func federationRemoveCommand() *cobra.Command {
@@ -318,7 +314,11 @@ one of these. Nothing is to be done for one that only restarts.`,
 				k.Kind = state.KindGateway
 			}
 			return c.run(cmd, func(ctx context.Context, client *federation.Client, _ state.Key) error {
-				return removeEntry(ctx, cmd.OutOrStdout(), client, k)
+				if err := client.Remove(ctx, k); err != nil {
+					return err
+				}
+				_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s is not in the federation any more\n", k)
+				return err
 			})
 		},
 	})

@@ -223,6 +223,12 @@ func (s *Store) Leader() (node, address string, ok bool) {
 	return string(id), address, true
 }
 
+// What RemovePeer does not do.
+var (
+	ErrNoMember  = errors.New("no member of the store")
+	ErrLastVoter = errors.New("the last voter stays: it keeps the store")
+)
+
 // RemovePeer takes a member out of the raft group that is not there any more. A
 // server that is registered and passing is added again. The leader itself hands
 // its office over first, and returns a [*NotLeaderError].
@@ -239,9 +245,9 @@ func (s *Store) RemovePeer(ctx context.Context, node string) error {
 	i := slices.IndexFunc(members, func(m raft.Server) bool { return string(m.ID) == node })
 	switch {
 	case i < 0:
-		return fmt.Errorf("%s is no member of the store", node)
+		return fmt.Errorf("%s: %w", node, ErrNoMember)
 	case members[i].Suffrage == raft.Voter && voters(members) == 1:
-		return errors.New("the last voter stays: it keeps the store")
+		return ErrLastVoter
 	case members[i].ID == e.self:
 		if err := e.raft.LeadershipTransfer().Error(); err != nil {
 			return fmt.Errorf("hand over the lead before %s is removed: %w", node, err)
