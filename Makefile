@@ -27,8 +27,8 @@ serf: ## Build the upstream serf agent that the demo and the tests use
 	@$(GO) -C test/servers build -o $(CACHE)/bin/serf github.com/hashicorp/serf/cmd/serf
 
 .PHONY: demo
-demo: build serf ## Two datacenters on loopback: STAY=1 keeps them, BREAK=gateway|sidecar|cert spoils one part
-	@$(GO) run ./test/demo --culvert $(BIN)/culvert --serf $(CACHE)/bin/serf $(if $(BREAK),--break $(BREAK)) $(if $(STAY),--stay)
+demo: build serf $(if $(FEDERATION),e2e-tools) ## Two datacenters on loopback (FEDERATION=1: three that find each other): STAY=1 keeps them, BREAK=gateway|sidecar|cert|record spoils one part
+	@$(GO) run ./test/demo --culvert $(BIN)/culvert --serf $(CACHE)/bin/serf $(if $(FEDERATION),--federation) $(if $(BREAK),--break $(BREAK)) $(if $(STAY),--stay)
 
 .PHONY: test
 test: e2e-tools serf race-note root-note ## Every test, end-to-end tests included (root and iproute2; CULVERT_E2E=require fails where they are missing)

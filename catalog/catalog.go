@@ -86,6 +86,7 @@ type Datacenter struct {
 type Snapshot struct {
 	Self        Key
 	Gateways    []string // of the own datacenter, as those of a Datacenter
+	Replicated  []string // further ones of the own datacenter, known from its records
 	Peers       []Peer   // in the order of their keys, which New and Store see to
 	Datacenters []Datacenter
 	// Join are sidecars of the own datacenter, host:port each, whose nodes need

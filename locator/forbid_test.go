@@ -172,3 +172,30 @@ func TestServiceIsOneEndpoint(t *testing.T) {
 		}
 	})
 }
+
+// The own datacenter's records lead into its own network, and that is no claim of
+// another's.
+func TestOwnRecordsAreNotForbidden(t *testing.T) {
+	n := newNetwork(map[string]way{gw1: answers})
+	c := catalog.New(&catalog.Snapshot{
+		Self: catalog.Key{Datacenter: "dc1", Node: "alice"}, Replicated: []string{gw1},
+		Datacenters: []catalog.Datacenter{{Name: "dc2", Mode: catalog.ModeAuto, Replicated: []string{"10.0.0.77:8443"}}},
+	})
+	l, err := New(c, Options{Dial: n.dial, Forbid: forbid})
+	if err != nil {
+		t.Fatal(err)
+	}
+	bob := catalog.Key{Datacenter: "dc2", Node: "bob"}
+	conn, path, err := l.Dial(t.Context(), bob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.Close()
+	if path.Kind != KindLocal || path.Gateway != gw1 {
+		t.Errorf("came out at %+v", path)
+	}
+	e, err := l.Explain(bob)
+	if err != nil || len(e.Candidates) != 2 || e.Candidates[0].Configured || !e.Candidates[0].Replicated || e.Candidates[1].Forbidden == "" {
+		t.Errorf("explained as %+v, %v", e, err)
+	}
+}

@@ -24,8 +24,12 @@ type pool struct {
 }
 
 func (l *Locator) newPool(key poolKey) *pool {
+	forbid := l.o.Forbid
+	if key.kind == KindLocal {
+		forbid = nil // it bounds what other datacenters claim
+	}
 	return &pool{Pool: NewPool(PoolOptions{
-		Resolver: l.o.Resolver, Control: l.o.Control, Dial: l.o.Dial, Forbid: l.o.Forbid, Log: l.o.Log, Metrics: l.o.Metrics,
+		Resolver: l.o.Resolver, Control: l.o.Control, Dial: l.o.Dial, Forbid: forbid, Log: l.o.Log, Metrics: l.o.Metrics,
 		NoProbe: key.kind == KindDirect && key.peer.Node != "", OnDemand: key.onDemand,
 	})}
 }
@@ -135,7 +139,7 @@ func wanted(s *catalog.Snapshot) map[poolKey][]Endpoint {
 		}
 		put(sidecarKey(catalog.Key{Datacenter: datacenter}), Configured(all...))
 	}
-	put(localKey(s), Configured(s.Gateways...))
+	put(localKey(s), union(catalog.Datacenter{Gateways: s.Gateways, Replicated: s.Replicated}))
 	sidecars(s.Self.Datacenter, s.Join)
 	for _, d := range s.Datacenters {
 		if d.Name == s.Self.Datacenter {

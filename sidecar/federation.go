@@ -361,7 +361,7 @@ func (f *federated) merge(reader *federation.Reader, next *catalog.Snapshot, cfg
 		}
 		next.Peers = append(next.Peers, catalog.Peer{Key: key, Advertise: p.Advertise, Address: address, Critical: p.Critical})
 	}
-	next.Gateways = union(next.Gateways, view.Gateways)
+	next.Replicated = view.Gateways
 	next.Join = cfg.Federation.RetryJoin
 	f.ways(next, cfg, view)
 }

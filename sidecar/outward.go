@@ -68,20 +68,35 @@ func (s *Sidecar) dialStream(ctx context.Context, to catalog.Key, service string
 }
 
 // dialPeer connects to a peer's sidecar by whatever path there is, and makes
-// sure that it is that peer's.
+// sure that it is that peer's. A gateway that has not heard of the peer yet says so
+// by an alert, and the next one is asked at once.
 func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, service string) (*alpn.Conn, error) {
+	const tries = 3
+	for try := 1; ; try++ {
+		c, path, err := s.dialOnce(ctx, to, service)
+		if err == nil {
+			return c, nil
+		}
+		_, refused := errors.AsType[*alpn.RefusedError](err)
+		if !refused || path.Gateway == "" || try == tries || ctx.Err() != nil {
+			return nil, err
+		}
+	}
+}
+
+func (s *Sidecar) dialOnce(ctx context.Context, to catalog.Key, service string) (*alpn.Conn, locator.Path, error) {
 	raw, path, err := s.locator.Dial(ctx, to)
 	if err != nil {
-		return nil, err
+		return nil, path, err
 	}
 	name := certs.ServerName(to.Node, to.Datacenter, s.cfg.Load().Domain)
 	c, err := s.dialer.Dial(ctx, raw, name, service)
 	s.locator.Report(to, path, err)
 	if err != nil {
-		return nil, viaError{path, err}
+		return nil, path, viaError{path, err}
 	}
 	s.verified.set(to, name, c)
-	return c, nil
+	return c, path, nil
 }
 
 func (s *Sidecar) dialServer(ctx context.Context, from catalog.Key, service string) (*net.TCPConn, error) {

@@ -174,7 +174,7 @@ func TestFederationClaimsAreBounded(t *testing.T) {
 		why   string
 	}{
 		"loopback": {claim("127.0.0.1", 7946), "servers", "127.0.0.1 is a loopback address"},
-		"owner":    {claim(reader.host.Addr.String(), 7946), "servers", "is this host's own"},
+		"owner":    {claim(reader.host.Addr.String(), 7946), "servers", "is this sidecar's own"},
 		"port":     {claim("127.77.2.50", 22), "servers", "packet on port 22, and here it is packet on port 7946"},
 		"range":    {claim("127.77.1.77", 7946), "servers", "in the range of dc1, by accept"},
 		"inside":   {map[string]any{"address": "10.72.0.98:8443", "wan_address": "10.71.0.200:8443", "start": "x"}, "gateways", ""},

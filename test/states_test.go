@@ -293,16 +293,27 @@ func (s *states) joinAll() {
 }
 
 // awaitAlive waits until every server sees every other alive, for half a minute at
-// most. Agents whose join
-// came too early are told again.
+// most. Agents do not join again by themselves: those whose join came too early
+// are told again.
 func (s *states) awaitAlive() time.Duration {
 	s.t.Helper()
 	const limit = 30 * time.Second
 	began := time.Now()
 	s.allKnown(limit)
-	s.joinAll()
-	for _, m := range s.members {
-		lab.Eventually(s.t, limit-time.Since(began), func() error { return m.agent.Sees("alive", s.nodes()...) })
+	for left := 1; left > 0; {
+		left = 0
+		for _, m := range s.members {
+			if m.agent.Sees("alive", s.nodes()...) != nil {
+				left++
+			}
+		}
+		if left > 0 && time.Since(began) > limit {
+			s.t.Fatalf("%d of %d servers do not see all others after %v", left, len(s.members), limit)
+		}
+		if left > 0 {
+			s.joinAll()
+			lab.Wait(500 * time.Millisecond)
+		}
 	}
 	return time.Since(began)
 }

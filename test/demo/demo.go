@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,6 +20,16 @@ type options struct {
 	culvert, serf string
 	spoil         string
 	stay          bool
+	federation    bool
+}
+
+// parts are what can be spoilt.
+func (o *options) parts() []string {
+	parts := []string{"gateway", "sidecar", "cert"}
+	if o.federation {
+		parts = append(parts, "record")
+	}
+	return parts
 }
 
 func (o *options) check() error {
@@ -35,11 +46,10 @@ func (o *options) check() error {
 		}
 		*program = abs
 	}
-	switch o.spoil {
-	case "", "gateway", "sidecar", "cert":
-		return nil
+	if o.spoil != "" && !slices.Contains(o.parts(), o.spoil) {
+		return fmt.Errorf("--break %q: want one of %s", o.spoil, strings.Join(o.parts(), ", "))
 	}
-	return fmt.Errorf("--break %q: want gateway, sidecar or cert", o.spoil)
+	return nil
 }
 
 // A site is one datacenter of the demo: a server, its sidecar and a gateway.
@@ -57,30 +67,28 @@ type site struct {
 
 func (s *site) sidecarAdmin() string { return s.sidecar + ":7440" }
 func (s *site) gatewayAdmin() string { return s.gateway + ":7440" }
+func (s *site) agent() agent         { return agent{nil, s.rpc} }
 
 // A demo is one run: a folder, a range of loopback addresses, two sites.
 type demo struct {
-	o      options
-	out    io.Writer
-	dir    string
+	stage
 	claim  net.Listener // holds the address range
 	sites  [2]*site
 	client *http.Client
-	began  time.Time
 }
 
 func newDemo(o options, out io.Writer) (*demo, error) {
-	dir, err := os.MkdirTemp("", "culvert-demo-")
+	st, err := newStage(o, out)
 	if err != nil {
 		return nil, err
 	}
 	d := &demo{
-		o: o, out: out, dir: dir, began: time.Now(),
+		stage:  st,
 		client: &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}},
 	}
 	base, err := d.claimRange()
 	if err != nil {
-		_ = os.RemoveAll(dir)
+		_ = os.RemoveAll(d.dir)
 		return nil, err
 	}
 	for i, node := range []string{"alice", "bob"} {
@@ -88,7 +96,7 @@ func newDemo(o options, out io.Writer) (*demo, error) {
 		d.sites[i] = &site{
 			dc: fmt.Sprintf("dc%d", i+1), node: node, advertise: at(1),
 			gateway: at(250), sidecar: at(251), server: at(252), rpc: at(252) + ":7373",
-			received: filepath.Join(dir, node+".event"), processes: make(map[string]*process),
+			received: filepath.Join(d.dir, node+".event"), processes: make(map[string]*process),
 		}
 	}
 	return d, nil
@@ -105,18 +113,6 @@ func (d *demo) claimRange() (string, error) {
 		}
 	}
 	return "", fmt.Errorf("find a free loopback range: %w", err)
-}
-
-func (d *demo) say(format string, args ...any) { _, _ = fmt.Fprintf(d.out, format+"\n", args...) }
-
-// step runs one step and tells how it ended; its error names it.
-func (d *demo) step(name string, f func() error) error {
-	if err := f(); err != nil {
-		d.say("%6.2fs  FAILED  %s", time.Since(d.began).Seconds(), name)
-		return fmt.Errorf("step %q: %w", name, err)
-	}
-	d.say("%6.2fs  ok      %s", time.Since(d.began).Seconds(), name)
-	return nil
 }
 
 // close stops what runs, in the reverse order of the start, and removes the

@@ -26,8 +26,10 @@ type process struct {
 	err  error // read after done
 }
 
-func startProcess(dir, name, program string, args ...string) (*process, error) {
-	log, err := os.Create(filepath.Join(dir, name+".log"))
+// startProcess starts a program on a host. One that is started again goes on with
+// its file.
+func startProcess(on *host, dir, name, program string, args ...string) (*process, error) {
+	log, err := os.OpenFile(filepath.Join(dir, name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -36,7 +38,7 @@ func startProcess(dir, name, program string, args ...string) (*process, error) {
 	// An interrupt on the terminal is for the demo, which stops its processes
 	// in order; and none outlives it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := on.do(cmd.Start); err != nil {
 		_ = log.Close()
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
@@ -93,22 +95,27 @@ func (p *process) tail() string {
 	return string(b)
 }
 
-// command runs a program to its end and returns what it printed.
-func command(ctx context.Context, dir, program string, args ...string) (string, error) {
+// command runs a program on a host to its end and returns what it printed.
+func command(ctx context.Context, on *host, dir, program string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
+	var out bytes.Buffer
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Dir = dir
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		return string(out), fmt.Errorf("%s %v: %w: %s", filepath.Base(program), args, err, bytes.TrimSpace(out))
+	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, &out, &out
+	err := on.do(cmd.Start)
+	if err == nil {
+		err = cmd.Wait()
 	}
-	return string(out), nil
+	if err != nil {
+		return out.String(), fmt.Errorf("%s %v: %w: %s", filepath.Base(program), args, err, bytes.TrimSpace(out.Bytes()))
+	}
+	return out.String(), nil
 }
 
 // eventually calls f until it returns nil, and returns its last error if that
 // does not happen in time.
 func eventually(ctx context.Context, limit time.Duration, f func() error) error {
+	interrupted := ctx
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
@@ -121,6 +128,9 @@ func eventually(ctx context.Context, limit time.Duration, f func() error) error 
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
+			if interrupted.Err() != nil {
+				return fmt.Errorf("interrupted: %w", err)
+			}
 			return fmt.Errorf("after %v: %w", limit, err)
 		}
 	}

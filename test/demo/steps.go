@@ -3,51 +3,34 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
-
-	"culvert/test/scrape"
 )
 
-const (
-	startTimeout = 10 * time.Second
-	eventName    = "deploy"
-	queryName    = "uptime"
-	eventBytes   = 1200
-)
+const startTimeout = 10 * time.Second
 
 // play is the whole demo, one step after the other.
 func (d *demo) play(ctx context.Context) error {
 	alice, bob := d.sites[0], d.sites[1]
 	d.say("Two datacenters on the loopback interface, files in %s", d.dir)
 	d.say("  %s", "alice's agent -> sidecar ==TLS==> gateway dc1 ==> gateway dc2 ==> sidecar -> bob's agent\n")
-	steps := []struct {
-		name string
-		do   func() error
-	}{
+	err := d.perform([]act{
 		{"create a CA and a certificate for each server", func() error { return d.certificates(ctx) }},
 		{"check the configurations with culvert validate", func() error { return d.configure(ctx) }},
 		{"start the gateways and sidecars", func() error { return d.startCulvert(ctx) }},
 		{"start the serf agents, which are as they come", func() error { return d.startAgents(ctx) }},
-		{"spoil: " + d.o.spoil, d.spoil},
+		{d.spoiling(), d.spoil},
 		{"join: serf join " + bob.advertise + " on alice's side", func() error { return d.join(ctx, alice, bob) }},
 		{"members: both sides see both servers alive", func() error { return d.members(ctx) }},
 		{"query: bob asks, alice answers", func() error { return d.query(ctx, bob, alice) }},
 		{fmt.Sprintf("event: alice sends %d bytes, bob's handler gets each of them", eventBytes), func() error { return d.event(ctx, alice, bob) }},
 		{"metrics: both sidecars and both gateways agree on what crossed", func() error { return d.agree(ctx) }},
-	}
-	for _, s := range steps {
-		if s.name == "spoil: " {
-			continue
-		}
-		if err := d.step(s.name, s.do); err != nil {
-			return d.diagnose(err)
-		}
+	})
+	if err != nil {
+		return d.diagnose(err)
 	}
 	d.say("\n%s", d.membersTable(ctx))
 	if d.o.stay {
@@ -63,11 +46,6 @@ func (d *demo) spoil() error {
 		return nil
 	}
 	return d.sites[1].processes[d.o.spoil].stop()
-}
-
-func (d *demo) culvert(ctx context.Context, dir string, args ...string) error {
-	_, err := command(ctx, dir, d.o.culvert, args...)
-	return err
 }
 
 func (d *demo) certificates(ctx context.Context) error {
@@ -164,18 +142,8 @@ log {
 }
 `
 
-const agentConfig = `{
-  "node_name": %q,
-  "bind": "%s:7946",
-  "advertise": "%s:7946",
-  "rpc_addr": %q,
-  "user_event_size_limit": 2048,
-  "event_handlers": ["user:%s=cat > %s", "query:%s=echo pong from %s"]
-}
-`
-
 func (d *demo) start(s *site, part, program string, args ...string) error {
-	p, err := startProcess(d.dir, s.node+"-"+part, program, args...)
+	p, err := startProcess(nil, d.dir, s.node+"-"+part, program, args...)
 	if err != nil {
 		return err
 	}
@@ -193,29 +161,12 @@ func (d *demo) startCulvert(ctx context.Context) error {
 	}
 	for _, s := range d.sites {
 		for part, admin := range map[string]string{"gateway": s.gatewayAdmin(), "sidecar": s.sidecarAdmin()} {
-			if err := d.awaitReady(ctx, s.processes[part], admin); err != nil {
+			if err := awaitReady(ctx, d.client, s.processes[part], admin); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
-}
-
-func (d *demo) awaitReady(ctx context.Context, p *process, admin string) error {
-	return eventually(ctx, startTimeout, func() error {
-		if p.ended() {
-			return fmt.Errorf("%s ended:\n%s", p.name, p.tail())
-		}
-		code, body, err := scrape.Get(ctx, d.client, admin, "/readyz")
-		if err == nil && code != http.StatusOK {
-			err = fmt.Errorf("%s is not ready: %s", p.name, body)
-		}
-		return err
-	})
-}
-
-func (d *demo) serf(ctx context.Context, s *site, command1 string, args ...string) (string, error) {
-	return command(ctx, d.dir, d.o.serf, append([]string{command1, "-rpc-addr=" + s.rpc}, args...)...)
 }
 
 func (d *demo) startAgents(ctx context.Context) error {
@@ -229,7 +180,7 @@ func (d *demo) startAgents(ctx context.Context) error {
 			if p := s.processes["agent"]; p.ended() {
 				return fmt.Errorf("%s ended:\n%s", p.name, p.tail())
 			}
-			_, err := d.alive(ctx, s)
+			_, err := d.alive(ctx, s.agent())
 			return err
 		}); err != nil {
 			return err
@@ -239,31 +190,14 @@ func (d *demo) startAgents(ctx context.Context) error {
 }
 
 func (d *demo) join(ctx context.Context, from, to *site) error {
-	_, err := d.serf(ctx, from, "join", to.advertise)
+	_, err := d.serf(ctx, from.agent(), "join", to.advertise)
 	return err
-}
-
-// alive returns the names of the members that an agent believes alive.
-func (d *demo) alive(ctx context.Context, s *site) ([]string, error) {
-	out, err := d.serf(ctx, s, "members", "-format=json", "-status=alive")
-	if err != nil {
-		return nil, err
-	}
-	var answer struct{ Members []struct{ Name string } }
-	if err := json.Unmarshal([]byte(out), &answer); err != nil {
-		return nil, fmt.Errorf("read the members: %w", err)
-	}
-	var names []string
-	for _, m := range answer.Members {
-		names = append(names, m.Name)
-	}
-	return names, nil
 }
 
 func (d *demo) members(ctx context.Context) error {
 	for _, s := range d.sites {
 		if err := eventually(ctx, startTimeout, func() error {
-			names, err := d.alive(ctx, s)
+			names, err := d.alive(ctx, s.agent())
 			if err == nil && len(names) != len(d.sites) {
 				err = fmt.Errorf("%s sees %v alive", s.node, names)
 			}
@@ -278,7 +212,7 @@ func (d *demo) members(ctx context.Context) error {
 func (d *demo) membersTable(ctx context.Context) string {
 	var b strings.Builder
 	for _, s := range d.sites {
-		out, err := d.serf(ctx, s, "members")
+		out, err := d.serf(ctx, s.agent(), "members")
 		if err != nil {
 			out = err.Error() + "\n"
 		}
@@ -291,7 +225,7 @@ func (d *demo) membersTable(ctx context.Context) string {
 // advertised address, and only the hairpin, which is off here, would bring it
 // back.
 func (d *demo) query(ctx context.Context, from, to *site) error {
-	out, err := d.serf(ctx, from, "query", "-format=json", queryName)
+	out, err := d.serf(ctx, from.agent(), "query", "-format=json", queryName)
 	if err != nil {
 		return err
 	}
@@ -306,21 +240,7 @@ func (d *demo) query(ctx context.Context, from, to *site) error {
 }
 
 func (d *demo) event(ctx context.Context, from, to *site) error {
-	payload := strings.Repeat("0123456789", eventBytes/10)
-	if _, err := d.serf(ctx, from, "event", eventName, payload); err != nil {
-		return err
-	}
-	return eventually(ctx, startTimeout, func() error {
-		got, err := os.ReadFile(to.received)
-		if errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("%s's handler was not called", to.node)
-		}
-		// The agent ends a payload with a line feed.
-		if err == nil && strings.TrimSuffix(string(got), "\n") != payload {
-			err = fmt.Errorf("%s's handler got %d bytes, want the %d that were sent", to.node, len(got), len(payload))
-		}
-		return err
-	})
+	return d.sendEvent(ctx, from.agent(), to.node, to.received)
 }
 
 func (d *demo) whatToTry() {
