@@ -2,6 +2,7 @@ package federation
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"maps"
 	"net"
@@ -77,6 +78,28 @@ type View struct {
 	Datacenters map[string][]string
 	// Refused are the entries, or parts of entries, that were kept out.
 	Refused []Refusal
+}
+
+// followEvery is how often records are looked at again though nothing has changed
+// in them: an address that could not be had may be free by then, and this host's
+// own may be others.
+const followEvery = 30 * time.Second
+
+// Follow calls take at once, at each change of a source, and now and then, until
+// ctx ends.
+func Follow(ctx context.Context, source Source, take func()) {
+	again := time.NewTicker(followEvery)
+	defer again.Stop()
+	for {
+		changed := source.Changed()
+		take()
+		select {
+		case <-changed:
+		case <-again.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // A Refusal is something in a record that a reader does not take.

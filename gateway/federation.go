@@ -212,10 +212,6 @@ func (f *federated) use(cfg *config.Gateway, reader *federation.Reader, view fed
 	}
 }
 
-// viewEvery is how often the records are looked at again though nothing has
-// changed in them: what this host's addresses are may have.
-const viewEvery = 30 * time.Second
-
 // runFederation keeps the gateway registered and its routes those of the records
 // until ctx ends.
 func (g *Gateway) runFederation(ctx context.Context) {
@@ -224,24 +220,9 @@ func (g *Gateway) runFederation(ctx context.Context) {
 	wg.Go(func() { _ = f.locator.Run(ctx) })   // nil when ctx ends
 	wg.Go(func() { _ = f.replica.Run(ctx) })   // nil when ctx ends
 	wg.Go(func() { _ = f.registrar.Run(ctx) }) // nil when ctx ends
-	g.followRecords(ctx)
+	federation.Follow(ctx, f.replica, g.takeRecords)
 	wg.Wait()
 	f.client.Close()
-}
-
-func (g *Gateway) followRecords(ctx context.Context) {
-	again := time.NewTicker(viewEvery)
-	defer again.Stop()
-	for {
-		changed := g.federated.replica.Changed()
-		g.takeRecords() //nolint:contextcheck // pools run for as long as the gateway does
-		select {
-		case <-changed:
-		case <-again.C:
-		case <-ctx.Done():
-			return
-		}
-	}
 }
 
 // takeRecords makes the routes those of the records.

@@ -26,10 +26,6 @@ import (
 	"culvert/internal/h2"
 )
 
-// viewEvery is how often the records are looked at again though nothing has
-// changed in them: an address that could not be captured may be free by then.
-const viewEvery = 30 * time.Second
-
 // federated is a sidecar's part in its federation. In the primary it has the
 // store, elsewhere a replica of it.
 type federated struct {
@@ -243,15 +239,20 @@ func (f *federated) close() {
 // sidecar's, until ctx ends.
 func (s *Sidecar) runFederation(ctx context.Context) error {
 	f := s.federated
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	var wg sync.WaitGroup
 	var failed error
 	if f.store != nil {
-		wg.Go(func() { failed = f.store.Run(ctx) })
+		wg.Go(func() {
+			defer stop()
+			failed = f.store.Run(ctx)
+		})
 	} else {
 		wg.Go(func() { _ = f.replica.Run(ctx) }) // nil when ctx ends
 	}
 	wg.Go(func() { _ = f.registrar.Run(ctx) }) // nil when ctx ends
-	s.followRecords(ctx)
+	federation.Follow(ctx, f.source, s.takeRecords)
 	wg.Wait()
 	if f.api != nil {
 		f.api.Close()
@@ -260,26 +261,11 @@ func (s *Sidecar) runFederation(ctx context.Context) error {
 	return failed
 }
 
-func (s *Sidecar) followRecords(ctx context.Context) {
-	again := time.NewTicker(viewEvery)
-	defer again.Stop()
-	for {
-		changed := s.federated.source.Changed()
-		if s.federated.store != nil { // a replica does it itself
-			s.federated.metrics.Show(s.federated.store.State())
-		}
-		s.takeRecords() //nolint:contextcheck // links and endpoints live for as long as the sidecar does
-		select {
-		case <-changed:
-		case <-again.C:
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
 // takeRecords makes what the records say now the sidecar's.
 func (s *Sidecar) takeRecords() {
+	if s.federated.store != nil { // a replica does it itself
+		s.federated.metrics.Show(s.federated.store.State())
+	}
 	s.reloading.Lock()
 	defer s.reloading.Unlock()
 	cfg := s.cfg.Load()
