@@ -6,10 +6,10 @@ import (
 	"net"
 	"net/netip"
 	"os/exec"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"slices"
 	"testing"
 	"time"
 
