@@ -166,6 +166,9 @@ func TestFederationClaimsAreBounded(t *testing.T) {
 	reader := s.members[0]
 	reader.config = strings.Replace(reader.config, "data_dir = \"state\"\n",
 		"data_dir = \"state\"\nreap = \"48h\"\naccept \"dc1\" { advertise = [\"127.77.1.0/24\"] }\naccept \"dc2\" {\n  advertise = [\"127.77.2.0/24\", \"127.0.0.0/28\", \"10.0.0.0/8\"]\n  gateways = [\"10.0.0.0/8\"]\n}\n", 1)
+	far := s.doors[1]
+	far.config = strings.Replace(far.config, "data_dir    = \"state\"\n",
+		"data_dir    = \"state\"\naccept \"dc1\" {\n  advertise = [\"127.77.1.0/24\"]\n  gateways = [\"10.79.0.0/16\"]\n}\n", 1)
 	s.begin()
 	s.allKnown(30 * time.Second)
 	claims := map[string]struct {

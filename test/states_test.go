@@ -157,6 +157,7 @@ log { level = "debug" }
 federation {
 primary_datacenter = "dc1"
 data_dir = "state"
+address  = %[6]q
 %s}
 %s`, m.dc, m.node, m.host.Addr, m.advertise, map[bool]string{true: "redirect", false: "bind"}[s.redirect], lab.HostPort(m.host.Addr, 8443), way, s.pki.Server(m.dc, m.node, "consul"))
 }
