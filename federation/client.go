@@ -67,6 +67,15 @@ func NewClient(o ClientOptions) *Client {
 	}
 }
 
+// Named tells whether an address that a transport is to dial is the name of a
+// server, and whose: a URL's host without a port has that of https. Any other
+// address is one of the primary's own network.
+func Named(address, domain string) (name string, id certs.Identity, ok bool) {
+	name, isName := strings.CutSuffix(address, ":443")
+	id, err := certs.ParseName(name, domain)
+	return name, id, isName && err == nil
+}
+
 // An AnswerError is an answer that is no success.
 type AnswerError struct {
 	Code    int    // of HTTP

@@ -151,12 +151,8 @@ func (f *federated) ways(cfg *config.Gateway) *catalog.Snapshot {
 // dialAPI connects to a sidecar of the primary: by its name, or at an address of
 // the own network.
 func (f *federated) dialAPI(ctx context.Context, address string) (*tls.Conn, error) {
-	host, port, err := net.SplitHostPort(address)
-	if err != nil {
-		return nil, fmt.Errorf("dial %s: %w", address, err)
-	}
-	id, err := certs.ParseName(host, f.domain)
-	if err != nil || port != "443" { // an https URL of a bare name has that port
+	name, id, named := federation.Named(address, f.domain)
+	if !named {
 		return f.dialSibling(ctx, address)
 	}
 	to := catalog.Key{Datacenter: id.Datacenter, Node: id.Node}
@@ -164,7 +160,7 @@ func (f *federated) dialAPI(ctx context.Context, address string) (*tls.Conn, err
 	if err != nil {
 		return nil, err
 	}
-	c, err := f.dialer.DialProtocol(ctx, raw, host, alpn.HTTP)
+	c, err := f.dialer.DialProtocol(ctx, raw, name, alpn.HTTP)
 	f.locator.Report(to, path, err)
 	if err != nil {
 		return nil, fmt.Errorf("at %s: %w", path.Address, err)
@@ -200,11 +196,7 @@ func (f *federated) forbidder() func(netip.AddrPort) error {
 func (f *federated) use(cfg *config.Gateway, reader *federation.Reader, view federation.View) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, r := range view.Refused {
-		if !slices.Contains(f.view.Refused, r) {
-			f.log.Warn("entry kept out", zap.Stringer("entry", r.Key), zap.String("why", r.Why))
-		}
-	}
+	federation.LogNew(f.log, f.view.Refused, view.Refused)
 	f.reader, f.view = reader, view
 	f.metrics.KeptOut(len(view.Refused))
 	if next := f.ways(cfg); !f.catalog.Load().Equal(next) {
@@ -258,37 +250,13 @@ func (f *federated) handlers(log *zap.Logger) map[string]http.Handler {
 	return map[string]http.Handler{"GET /v1/federation-states": read, "GET /v1/federation-states/": read, "GET /v1/federation-state/": read}
 }
 
-// FederationStatus is how the gateway stands in its federation.
-type FederationStatus struct {
-	Primary     string               `json:"primary_datacenter"`
-	Store       string               `json:"store"` // its name, "" while none is known
-	Index       uint64               `json:"index"`
-	Contact     *time.Time           `json:"last_contact"` // of the last answer of the primary
-	Registered  *time.Time           `json:"registered"`   // when the own entry was renewed last
-	Left        bool                 `json:"left"`         // it was taken away
-	KeptOut     []federation.Refusal `json:"kept_out"`     // entries that are not taken, and why
-	LastError   string               `json:"last_error"`   // of reading
-	LastRefusal string               `json:"registration_error"`
-}
-
-func (f *federated) status(cfg *config.Gateway) *FederationStatus {
+func (f *federated) status(cfg *config.Gateway) *federation.Status {
 	if f == nil {
 		return nil
 	}
-	known, rs, reg := f.replica.State(), f.replica.Status(), f.registrar.Status()
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	return &FederationStatus{
-		Primary: cfg.Federation.PrimaryDatacenter, Store: known.Store(), Index: known.Index(),
-		Contact: orNil(rs.Contact), LastError: rs.LastError,
-		Registered: orNil(reg.Renewed), LastRefusal: reg.LastError, Left: reg.Left,
-		KeptOut: append([]federation.Refusal{}, f.view.Refused...),
-	}
-}
-
-func orNil(t time.Time) *time.Time {
-	if t.IsZero() {
-		return nil
-	}
-	return &t
+	refused := f.view.Refused
+	f.mu.Unlock()
+	return federation.NewStatus(cfg.Datacenter, cfg.Federation.PrimaryDatacenter, f.replica.State(), f.registrar.Status(), refused).
+		Follows(f.replica.Status())
 }

@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"culvert/admin"
+	"culvert/federation"
 )
 
 // Status is the answer of GET /v1/status.
@@ -17,7 +18,7 @@ type Status struct {
 	Sidecars   []SidecarStatus `json:"sidecars"`
 	Gateways   []RemoteStatus  `json:"gateways"`
 	// Federation is nil without a federation block.
-	Federation *FederationStatus `json:"federation,omitempty"`
+	Federation *federation.Status `json:"federation,omitempty"`
 }
 
 // SidecarStatus is one sidecar of the gateway's datacenter.

@@ -153,12 +153,8 @@ func federationProtocols(cfg *config.Sidecar) []string {
 // the own network.
 func (s *Sidecar) dialAPI(ctx context.Context, address string) (*tls.Conn, error) {
 	cfg := s.cfg.Load()
-	host, port, err := net.SplitHostPort(address)
-	if err != nil {
-		return nil, fmt.Errorf("dial %s: %w", address, err)
-	}
-	id, err := certs.ParseName(host, cfg.Domain)
-	if err != nil || port != "443" { // an https URL of a bare name has that port
+	name, id, named := federation.Named(address, cfg.Domain)
+	if !named {
 		c, err := s.dialSibling(ctx, address, alpn.HTTP)
 		if err != nil {
 			return nil, err
@@ -170,7 +166,7 @@ func (s *Sidecar) dialAPI(ctx context.Context, address string) (*tls.Conn, error
 	if err != nil {
 		return nil, err
 	}
-	c, err := s.dialer.DialProtocol(ctx, raw, host, alpn.HTTP)
+	c, err := s.dialer.DialProtocol(ctx, raw, name, alpn.HTTP)
 	s.locator.Report(to, path, err)
 	if err != nil {
 		return nil, viaError{path, err}
@@ -404,11 +400,7 @@ func withReplicated(all []catalog.Datacenter, name string, replicated []string) 
 func (f *federated) tell(refused []federation.Refusal) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, r := range refused {
-		if !slices.Contains(f.refused, r) {
-			f.log.Warn("entry kept out", zap.Stringer("entry", r.Key), zap.String("why", r.Why))
-		}
-	}
+	federation.LogNew(f.log, f.refused, refused)
 	f.refused = refused
 	f.metrics.KeptOut(len(f.refused) + len(f.failed))
 }
@@ -426,11 +418,7 @@ func (f *federated) uncaptured(out map[catalog.Key]error) {
 		failed = append(failed, federation.Refusal{Key: k, Why: err.Error()})
 	}
 	slices.SortFunc(failed, func(a, b federation.Refusal) int { return strings.Compare(a.String(), b.String()) })
-	for _, r := range failed {
-		if !slices.Contains(f.failed, r) {
-			f.log.Warn("entry kept out", zap.Stringer("entry", r.Key), zap.String("why", r.Why))
-		}
-	}
+	federation.LogNew(f.log, f.failed, failed)
 	f.failed = failed
 	f.metrics.KeptOut(len(f.refused) + len(f.failed))
 }
@@ -452,48 +440,18 @@ func (s *Sidecar) handlers(log *zap.Logger) map[string]http.Handler {
 	return out
 }
 
-// FederationStatus is how the sidecar stands in its federation.
-type FederationStatus struct {
-	Primary     string               `json:"primary_datacenter"`
-	Role        string               `json:"role"`  // primary or secondary
-	Store       string               `json:"store"` // its name, "" while none is known
-	Index       uint64               `json:"index"`
-	Leader      string               `json:"leader"`       // in the primary: who leads the store
-	Waiting     string               `json:"waiting"`      // in the primary: what the store waits for before it has begun
-	Contact     *time.Time           `json:"last_contact"` // in a secondary: of the last answer of the primary
-	Registered  *time.Time           `json:"registered"`   // when the own entry was renewed last
-	Left        bool                 `json:"left"`         // it was taken away
-	KeptOut     []federation.Refusal `json:"kept_out"`     // entries that are not taken, and why
-	LastError   string               `json:"last_error"`   // of reading
-	LastRefusal string               `json:"registration_error"`
-}
-
-func (f *federated) status(cfg *config.Sidecar) *FederationStatus {
+func (f *federated) status(cfg *config.Sidecar) *federation.Status {
 	if f == nil {
 		return nil
 	}
-	known, reg := f.source.State(), f.registrar.Status()
-	st := &FederationStatus{
-		Primary: cfg.Federation.PrimaryDatacenter, Role: "primary", Store: known.Store(), Index: known.Index(),
-		Registered: orNil(reg.Renewed), Left: reg.Left, LastRefusal: reg.LastError, KeptOut: []federation.Refusal{},
-	}
-	if f.store != nil {
-		st.Leader, _, _ = f.store.Leader()
-		is := f.store.Status()
-		st.Waiting, st.LastError = is.Waiting, is.Error
-	} else {
-		rs := f.replica.Status()
-		st.Role, st.Contact, st.LastError = "secondary", orNil(rs.Contact), rs.LastError
-	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	st.KeptOut = append(append(st.KeptOut, f.refused...), f.failed...)
-	return st
-}
-
-func orNil(t time.Time) *time.Time {
-	if t.IsZero() {
-		return nil
+	refused, failed := f.refused, f.failed
+	f.mu.Unlock()
+	st := federation.NewStatus(cfg.Datacenter, cfg.Federation.PrimaryDatacenter, f.source.State(), f.registrar.Status(), refused, failed)
+	if f.store == nil {
+		return st.Follows(f.replica.Status())
 	}
-	return &t
+	is := f.store.Status()
+	st.Leader, st.Waiting, st.LastError = is.Leader, is.Waiting, is.Error
+	return st
 }

@@ -5,6 +5,7 @@ import (
 
 	"culvert/admin"
 	"culvert/catalog"
+	"culvert/federation"
 	"culvert/stream"
 )
 
@@ -19,7 +20,7 @@ type Status struct {
 	Peers      []PeerStatus    `json:"peers"`
 	Gateways   []GatewayStatus `json:"gateways"`
 	// Federation is nil without a federation block.
-	Federation *FederationStatus `json:"federation,omitempty"`
+	Federation *federation.Status `json:"federation,omitempty"`
 }
 
 // PeerStatus is one peer. Packets and bytes are totals since the start; sent

@@ -21,7 +21,7 @@ func printSidecar(w io.Writer, s sidecar.Status) {
 	}
 	printLost(w, s.Capture)
 	if f := s.Federation; f != nil {
-		printFederation(w, federationLine(f.Role+" of "+f.Primary, f.Store, f.Index, f.Left), f.KeptOut, f.Waiting, f.LastError, f.LastRefusal)
+		printFederation(w, f)
 	}
 	if len(s.Gateways) == 0 {
 		return
@@ -55,30 +55,29 @@ func printLost(w io.Writer, c sidecar.CaptureStatus) {
 	}
 }
 
-// federationLine says in one line how a process stands in its federation.
-func federationLine(role, store string, index uint64, left bool) string {
-	line := "federation: " + role
-	if store == "" {
+// printFederation prints how a process stands in its federation, and what keeps
+// that from being as it should.
+func printFederation(w io.Writer, f *federation.Status) {
+	line := fmt.Sprintf("federation: %s of %s", f.Role, f.Primary)
+	if f.Role == "primary" {
+		line = "federation: primary"
+	}
+	if f.Store == "" {
 		line += ", no store is known yet"
 	} else {
-		line += fmt.Sprintf(", store %s at %d", store, index)
+		line += fmt.Sprintf(", store %s at %d", f.Store, f.Index)
 	}
-	if left {
+	if f.Left {
 		line += ", has LEFT: start the process again to come back"
 	}
-	return line
-}
-
-// printFederation prints what keeps a federation from being as it should.
-func printFederation(w io.Writer, line string, keptOut []federation.Refusal, troubles ...string) {
 	row(w)
 	_, _ = fmt.Fprintln(w, line)
-	for _, trouble := range troubles {
+	for _, trouble := range []string{f.Waiting, f.LastError, f.LastRefusal} {
 		if trouble != "" {
 			_, _ = fmt.Fprintln(w, "  "+trouble)
 		}
 	}
-	for _, k := range keptOut {
+	for _, k := range f.KeptOut {
 		_, _ = fmt.Fprintf(w, "  kept out: %s\n", k)
 	}
 }
@@ -90,7 +89,7 @@ func printGateway(w io.Writer, g gateway.Status) {
 		row(w, s.Node, s.Domain, s.Address, health(s.Healthy), s.Open, orDash(s.LastError))
 	}
 	if f := g.Federation; f != nil {
-		printFederation(w, federationLine("of "+f.Primary, f.Store, f.Index, f.Left), f.KeptOut, f.LastError, f.LastRefusal)
+		printFederation(w, f)
 	}
 	if len(g.Gateways) == 0 {
 		return
