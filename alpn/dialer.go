@@ -3,7 +3,6 @@ package alpn
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"net"
 	"time"
@@ -54,12 +53,36 @@ func NewDialer(t *Table, creds Credentials, o DialerOptions) *Dialer {
 // The server has not verified this side by then (RFC 8446 section 4.4.2): a
 // refusal comes out of the first Read.
 func (d *Dialer) Dial(ctx context.Context, raw net.Conn, serverName, service string) (*Conn, error) {
-	return d.connect(ctx, raw, serverName, service, d.table.Offer(service))
+	return d.offer(ctx, raw, serverName, service, d.table.Offer(service))
+}
+
+// DialType is Dial for a connection of a service with types that begins with a
+// byte. Where the route that was negotiated has a Type, the far side has been told
+// and takes what comes behind that byte.
+func (d *Dialer) DialType(ctx context.Context, raw net.Conn, serverName, service string, first byte) (*Conn, error) {
+	return d.offer(ctx, raw, serverName, service, d.table.OfferType(service, first))
+}
+
+// DialServer makes the handshake with a local server that speaks TLS and knows
+// no protocols: nothing is offered, and the route of the connection is empty.
+// Otherwise it is as Dial.
+func (d *Dialer) DialServer(ctx context.Context, raw net.Conn, serverName string) (*Conn, error) {
+	return d.connect(ctx, raw, serverName, "the local server", nil)
 }
 
 // DialProtocol is Dial for [Raft] or [HTTP], which the table must have.
 func (d *Dialer) DialProtocol(ctx context.Context, raw net.Conn, serverName, protocol string) (*Conn, error) {
-	return d.connect(ctx, raw, serverName, protocol, d.table.offerProtocol(protocol))
+	return d.offer(ctx, raw, serverName, protocol, d.table.offerProtocol(protocol))
+}
+
+// offer is connect where there must be something to offer.
+func (d *Dialer) offer(ctx context.Context, raw net.Conn, serverName, purpose string, protos []string) (*Conn, error) {
+	if len(protos) == 0 {
+		d.metrics.dialError.Inc()
+		_ = raw.Close()
+		return nil, fmt.Errorf("handshake with %s for %s: no such service or protocol", serverName, purpose)
+	}
+	return d.connect(ctx, raw, serverName, purpose, protos)
 }
 
 // connect dials with an offer of protocols, and counts and logs what became of
@@ -78,9 +101,6 @@ func (d *Dialer) connect(ctx context.Context, raw net.Conn, serverName, purpose 
 }
 
 func (d *Dialer) handshake(ctx context.Context, raw net.Conn, serverName string, protos []string) (*Conn, error) {
-	if len(protos) == 0 {
-		return nil, errors.New("no such service or protocol")
-	}
 	ctx, cancel := context.WithTimeout(ctx, d.timeout)
 	defer cancel()
 	// The deadline for the connection itself; the context covers a cancel.
@@ -94,5 +114,12 @@ func (d *Dialer) handshake(ctx context.Context, raw net.Conn, serverName string,
 	if err := t.HandshakeContext(ctx); err != nil {
 		return nil, refused(err)
 	}
-	return finish(t, w, d.table, d.creds, d.log)
+	var route Route
+	if len(protos) > 0 {
+		var err error
+		if route, err = d.table.negotiated(t); err != nil {
+			return nil, err
+		}
+	}
+	return finish(t, w, route, d.creds, d.log)
 }

@@ -35,6 +35,10 @@ type ServerOptions struct {
 	// Packet, Stream, Raft and HTTP serve the connections of their kind. One
 	// that is nil is an error if the table has something of that kind.
 	Packet, Stream, Raft, HTTP Handler
+	// Foreign takes over connections whose hello offers nothing of the table,
+	// or no protocol at all: the local server's own TLS. Nothing of them has
+	// been read, and it has ServeConn's duties from there. Nil refuses them.
+	Foreign func(ctx context.Context, c *sniff.Conn, establish func(lasting bool) bool)
 	// HelloTimeout bounds the wait for a whole ClientHello. 0 means
 	// [HelloTimeout].
 	HelloTimeout time.Duration
@@ -111,7 +115,11 @@ func (o *ServerOptions) handler(k Kind) Handler {
 // is closed and nothing counted.
 func (s *Server) ServeConn(ctx context.Context, c *sniff.Conn, establish func(lasting bool) bool) {
 	remote := c.RemoteAddr()
-	if !s.admit(c, remote) {
+	switch ours, ok := s.admit(c, remote); {
+	case !ok:
+		return
+	case !ours:
+		s.opts.Foreign(ctx, c, establish)
 		return
 	}
 	raw, peeked := c.Detach()
@@ -132,12 +140,15 @@ func (s *Server) ServeConn(ctx context.Context, c *sniff.Conn, establish func(la
 	s.opts.handler(conn.route.Kind).ServeConn(ctx, conn)
 }
 
-// admit reads the hello and refuses what no handshake could serve. Where it
-// returns false, c is closed.
-func (s *Server) admit(c *sniff.Conn, remote net.Addr) bool {
+// admit reads the hello and refuses what no handshake could serve. Where ok is
+// false, c is closed; ours is false for what is to be handed to Foreign.
+func (s *Server) admit(c *sniff.Conn, remote net.Addr) (ours, ok bool) {
 	reason, description, err := s.judge(c)
 	if err == nil {
-		return true
+		return true, true
+	}
+	if s.opts.Foreign != nil && (reason == reasonNoALPN || reason == reasonUnknownALPN) && c.SetReadDeadline(time.Time{}) == nil {
+		return false, true
 	}
 	if reason != "" {
 		s.opts.Refused(reason)
@@ -148,7 +159,7 @@ func (s *Server) admit(c *sniff.Conn, remote net.Addr) bool {
 	} else {
 		alert.Refuse(c, description)
 	}
-	return false
+	return false, false
 }
 
 // judge reads the hello. For one that names no protocol of the table, as for none
@@ -184,17 +195,16 @@ func (s *Server) handshake(ctx context.Context, raw net.Conn, peeked []byte) (*C
 	if err := t.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
-	return finish(t, w, s.table, s.creds, s.log)
+	route, err := s.table.negotiated(t)
+	if err != nil {
+		return nil, err
+	}
+	return finish(t, w, route, s.creds, s.log)
 }
 
 // finish makes a Conn of a connection whose handshake is done.
-func finish(t *tls.Conn, w *wire, table *Table, creds Credentials, log *zap.Logger) (*Conn, error) {
-	cs := t.ConnectionState()
-	route, ok := table.Lookup(cs.NegotiatedProtocol)
-	if !ok {
-		return nil, &protocolError{negotiated: cs.NegotiatedProtocol}
-	}
-	peer, err := creds.PeerIdentity(cs)
+func finish(t *tls.Conn, w *wire, route Route, creds Credentials, log *zap.Logger) (*Conn, error) {
+	peer, err := creds.PeerIdentity(t.ConnectionState())
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package alpn
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"regexp"
@@ -68,6 +69,9 @@ type Service struct {
 	Name string // [a-z0-9-]{1,63}
 	Kind Kind
 	ALPN string // a name known outside Culvert that means the same, such as consul/wan-gossip/packet; optional
+	// Types are those of a stream whose first byte tells what it is. It has no
+	// ALPN then.
+	Types []Type
 }
 
 // A Route is what a negotiated protocol means.
@@ -76,6 +80,10 @@ type Route struct {
 	Service  string // Service.Name; empty for [Raft] and [HTTP]
 	Kind     Kind
 	Native   bool // a service's name from outside Culvert: one frame is one TLS record, and frames go one way
+	// Type is what the protocol tells of the connection, whose bytes begin
+	// behind the type's. Nil where it tells nothing: of Culvert's own names and
+	// of services without types.
+	Type *Type
 }
 
 // A Table maps protocol names to services and back. It is immutable and may be
@@ -84,6 +92,12 @@ type Table struct {
 	protocols []string
 	routes    map[string]Route
 	offers    map[string][]string
+	types     map[typeKey]string // the native name of a service's type
+}
+
+type typeKey struct {
+	service string
+	first   byte
 }
 
 // maxProtocol is the length limit of RFC 7301 section 3.1, in bytes.
@@ -93,7 +107,7 @@ const maxProtocol = 255
 // [HTTP], of which there must be one at least. Two services of one name, or of
 // one ALPN name, are an error, and so is an ALPN name that is Culvert's own.
 func NewTable(services []Service, federation ...string) (*Table, error) {
-	t := &Table{routes: make(map[string]Route), offers: make(map[string][]string)}
+	t := &Table{routes: make(map[string]Route), offers: make(map[string][]string), types: make(map[typeKey]string)}
 	valid := regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
 	var native []string
 	for _, s := range services {
@@ -110,13 +124,11 @@ func NewTable(services []Service, federation ...string) (*Table, error) {
 		t.routes[own] = Route{Protocol: own, Service: s.Name, Kind: s.Kind}
 		t.protocols = append(t.protocols, own)
 		t.offers[s.Name] = []string{own}
-		if s.ALPN == "" {
-			continue
-		}
-		if err := t.addNative(s); err != nil {
+		names, err := t.addNatives(s)
+		if err != nil {
 			return nil, fmt.Errorf("service %q: %w", s.Name, err)
 		}
-		native = append(native, s.ALPN)
+		native = append(native, names...)
 	}
 	if err := t.addFederation(federation); err != nil {
 		return nil, err
@@ -149,19 +161,44 @@ func (t *Table) addFederation(protocols []string) error {
 	return nil
 }
 
-func (t *Table) addNative(s Service) error {
-	switch r, taken := t.routes[s.ALPN]; {
-	case len(s.ALPN) > maxProtocol:
-		return fmt.Errorf("alpn name of %d bytes: at most %d", len(s.ALPN), maxProtocol)
-	case strings.HasPrefix(s.ALPN, "culvert/"):
-		return fmt.Errorf("alpn name %q: culvert/ names are Culvert's own", s.ALPN)
-	case s.ALPN == "h2", strings.HasPrefix(s.ALPN, "http/"):
-		return fmt.Errorf("alpn name %q: HTTP is no service", s.ALPN)
-	case taken:
-		return fmt.Errorf("alpn name %q: taken by service %q", s.ALPN, r.Service)
+// addNatives adds a service's names from outside Culvert and returns them.
+func (t *Table) addNatives(s Service) ([]string, error) {
+	switch {
+	case len(s.Types) > 0 && (s.Kind != KindStream || s.ALPN != ""):
+		return nil, errors.New("types are for streams without an alpn name of their own")
+	case s.ALPN != "":
+		t.offers[s.Name] = append(t.offers[s.Name], s.ALPN)
+		return []string{s.ALPN}, t.addNative(Route{Protocol: s.ALPN, Service: s.Name, Kind: s.Kind, Native: true})
 	}
-	t.routes[s.ALPN] = Route{Protocol: s.ALPN, Service: s.Name, Kind: s.Kind, Native: true}
-	t.offers[s.Name] = append(t.offers[s.Name], s.ALPN)
+	var names []string
+	for _, typ := range s.Types {
+		key := typeKey{s.Name, typ.Byte}
+		if _, taken := t.types[key]; taken {
+			return nil, fmt.Errorf("type byte %d: given twice", typ.Byte)
+		}
+		if err := t.addNative(Route{Protocol: typ.ALPN, Service: s.Name, Kind: s.Kind, Native: true, Type: &typ}); err != nil {
+			return nil, fmt.Errorf("type byte %d: %w", typ.Byte, err)
+		}
+		t.types[key] = typ.ALPN
+		names = append(names, typ.ALPN)
+	}
+	return names, nil
+}
+
+func (t *Table) addNative(r Route) error {
+	switch taken, ok := t.routes[r.Protocol]; {
+	case r.Protocol == "":
+		return errors.New("alpn name: empty")
+	case len(r.Protocol) > maxProtocol:
+		return fmt.Errorf("alpn name of %d bytes: at most %d", len(r.Protocol), maxProtocol)
+	case strings.HasPrefix(r.Protocol, "culvert/"):
+		return fmt.Errorf("alpn name %q: culvert/ names are Culvert's own", r.Protocol)
+	case r.Protocol == "h2", strings.HasPrefix(r.Protocol, "http/"):
+		return fmt.Errorf("alpn name %q: HTTP is no service", r.Protocol)
+	case ok:
+		return fmt.Errorf("alpn name %q: taken by service %q", r.Protocol, taken.Service)
+	}
+	t.routes[r.Protocol] = r
 	return nil
 }
 
@@ -175,9 +212,30 @@ func (t *Table) Lookup(protocol string) (Route, bool) {
 	return r, ok
 }
 
+// negotiated returns the route of a connection whose handshake is done.
+func (t *Table) negotiated(c *tls.Conn) (Route, error) {
+	protocol := c.ConnectionState().NegotiatedProtocol
+	r, ok := t.routes[protocol]
+	if !ok {
+		return Route{}, &protocolError{negotiated: protocol}
+	}
+	return r, nil
+}
+
 // Offer returns what to offer when dialling a service, Culvert's own name first,
 // and nil for a service that the table lacks. The slice is the caller's.
 func (t *Table) Offer(service string) []string { return slices.Clone(t.offers[service]) }
+
+// OfferType is Offer for a connection of a service with types that begins with a
+// byte. For a byte that no native server knows by a protocol it is Culvert's own
+// name alone.
+func (t *Table) OfferType(service string, first byte) []string {
+	offer := t.Offer(service)
+	if native, ok := t.types[typeKey{service, first}]; ok && offer != nil {
+		offer = append(offer, native)
+	}
+	return offer
+}
 
 // offerProtocol is Offer for a federation protocol. The two are not one map:
 // h2 is a name that a service may have.
@@ -196,5 +254,7 @@ func (t *Table) admission(protocol string) (certs.Admission, error) {
 	if !ok {
 		return certs.Admission{}, &protocolError{negotiated: protocol}
 	}
-	return r.Kind.admission(), nil
+	a := r.Kind.admission()
+	a.SameDatacenter = a.SameDatacenter || r.Type != nil && r.Type.SameDatacenter
+	return a, nil
 }

@@ -134,6 +134,11 @@ func TestTableErrors(t *testing.T) {
 		"HTTP is no service":          {{Name: "a", Kind: KindStream, ALPN: "h2"}},
 		`"http/1.1": HTTP is no`:      {{Name: "a", Kind: KindStream, ALPN: "http/1.1"}},
 		"raft is neither packet":      {{Name: "a", Kind: KindRaft}},
+		"types are for streams":       {{Name: "a", Kind: KindPacket, Types: ConsulTypes()}},
+		"without an alpn name":        {{Name: "a", Kind: KindStream, ALPN: "x/y", Types: ConsulTypes()}},
+		"type byte 4: given twice":    {{Name: "a", Kind: KindStream, Types: []Type{{Byte: 4, ALPN: "x/y"}, {Byte: 4, ALPN: "x/z"}}}},
+		"type byte 5: alpn name":      {ok, {Name: "b", Kind: KindStream, Types: []Type{{Byte: 5, ALPN: "x/y"}}}},
+		"alpn name: empty":            {{Name: "a", Kind: KindStream, Types: []Type{{Byte: 5}}}},
 		"at most 255":                 {{Name: "a", Kind: KindStream, ALPN: strings.Repeat("x", 256)}},
 	} {
 		if _, err := NewTable(s); err == nil || !strings.Contains(err.Error(), want) {

@@ -13,9 +13,9 @@ func Attributes() []string {
 	var out []string
 	for kind, schema := range map[Kind]string{
 		KindSidecar: `datacenter node domain capture on_exit gateways
-			server.profile server.address server.advertise server.hairpin
+			server.profile server.address server.advertise server.hairpin server.tls
 			service.kind service.port service.local service.alpn
-			listen.address listen.passthrough tls.ca_file tls.cert_file tls.key_file
+			listen.address listen.passthrough listen.passthrough_tls tls.ca_file tls.cert_file tls.key_file
 			peer.datacenter peer.advertise peer.address datacenter.gateways datacenter.mode
 			federation.primary_datacenter federation.primary_gateways federation.bootstrap_expect federation.retry_join
 			federation.data_dir federation.address federation.reap federation.accept.advertise federation.accept.gateways

@@ -260,6 +260,9 @@ func (b *block) listen(l *Listen, passthrough bool) {
 		}
 		if passthrough {
 			l.Passthrough, _ = in.address("passthrough", use{}, "", "")
+			if l.PassthroughTLS = in.boolean("passthrough_tls", false); l.PassthroughTLS && l.Passthrough == "" {
+				b.d.fault(in.at, `add passthrough = "127.0.0.1:8300": where the server listens`, "passthrough_tls in listen is true, and passthrough is missing")
+			}
 		}
 	})
 	switch {

@@ -55,6 +55,7 @@ type Server struct {
 	Address   netip.Addr
 	Advertise netip.Addr
 	Hairpin   bool
+	TLS       bool // its port with types demands TLS
 }
 
 // Service is one port of the servers.
@@ -64,12 +65,18 @@ type Service struct {
 	Port  uint16
 	Local netip.AddrPort
 	ALPN  string // "" for none
+	// Types tells that connections begin with the byte that Consul's RPC port
+	// tells their kind by, so that a native server can be told by ALPN instead.
+	Types bool
 }
 
 // Listen is where TLS connections are taken.
 type Listen struct {
 	Address     string // host:port
 	Passthrough string // host:port for what is not TLS; "" closes it
+	// PassthroughTLS passes TLS there too that offers no protocol of Culvert's
+	// or of a native server's.
+	PassthroughTLS bool
 }
 
 // TLS names the files of an identity.

@@ -177,10 +177,10 @@ service "extra" {
 	}
 	at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(s.Server.Address, port) }
 	want := []Service{
-		{"gossip-packet", "packet", 8302, netip.MustParseAddrPort("127.0.0.1:9302"), "consul/wan-gossip/packet"},
-		{"gossip-stream", "stream", 8302, at(8302), "consul/wan-gossip/stream"},
-		{"rpc", "stream", 8300, at(8300), "x/rpc"},
-		{"extra", "stream", 9000, at(9000), ""},
+		{"gossip-packet", "packet", 8302, netip.MustParseAddrPort("127.0.0.1:9302"), "consul/wan-gossip/packet", false},
+		{"gossip-stream", "stream", 8302, at(8302), "consul/wan-gossip/stream", false},
+		{"rpc", "stream", 8300, at(8300), "x/rpc", false},
+		{"extra", "stream", 9000, at(9000), "", false},
 	}
 	if !slices.Equal(s.Services, want) {
 		t.Errorf("services %+v, want %+v", s.Services, want)
@@ -188,6 +188,34 @@ service "extra" {
 	nomad, err := LoadSidecar(write(t, strings.Replace(goodSidecar, `"serf"`, `"nomad"`, 1)), options())
 	if err != nil || nomad.Domain != "nomad" || nomad.Services[0].Port != 4648 || nomad.Services[2].Port != 4647 {
 		t.Errorf("nomad: %+v, %v", nomad, err)
+	}
+}
+
+// Consul's RPC port has type bytes, unless one name stands for all of it.
+func TestTypes(t *testing.T) {
+	consul := strings.Replace(goodSidecar, `"serf"`, `"consul"`, 1)
+	for text, want := range map[string]bool{
+		consul: true,
+		consul + "service \"rpc\" { port = 9300 }\n":         true,
+		consul + "service \"rpc\" { alpn = \"x/rpc\" }\n":    false,
+		strings.Replace(goodSidecar, `"serf"`, `"nomad"`, 1): false,
+	} {
+		s, err := LoadSidecar(write(t, text), options())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, sv := range s.Services {
+			if sv.Types != (want && sv.Name == "rpc") {
+				t.Errorf("%s of profile %s: types %t", sv.Name, s.Server.Profile, sv.Types)
+			}
+		}
+	}
+	with := strings.Replace(consul, `profile   = "consul"`, "profile   = \"consul\"\n  tls = true", 1)
+	with = strings.Replace(with, `listen { address = "10.71.0.11" }`,
+		"listen {\n  address = \"10.71.0.11\"\n  passthrough = \"127.0.0.1:8300\"\n  passthrough_tls = true\n}", 1)
+	s, err := LoadSidecar(write(t, with), options())
+	if err != nil || !s.Server.TLS || !s.Listen.PassthroughTLS {
+		t.Errorf("read %+v, %v", s, err)
 	}
 }
 
@@ -257,6 +285,8 @@ func TestFaults(t *testing.T) {
 		"a peer twice":        {goodSidecar + "peer \"amy\" {\n  datacenter = \"dc1\"\n  advertise = \"127.77.1.9\"\n  address = \"10.0.0.1\"\n}\n", `peer dc1/amy is given twice`},
 		"two families":        {change(t, `"127.77.2.1"`, `"fd77::1"`), `IPv4 and IPv6`},
 		"no IP address":       {change(t, `"127.77.2.1"`, `"bob.example"`), `advertise in peer "bob.rack1" is "bob.example", which is no IP address`},
+		"tls without types":   {change(t, `profile   = "serf"`, "profile = \"serf\"\n  tls = true"), `tls in server is true, and no service has the type byte`},
+		"passthrough_tls":     {change(t, `listen { address = "10.71.0.11" }`, "listen {\n  address = \"10.71.0.11\"\n  passthrough_tls = true\n}"), `passthrough_tls in listen is true, and passthrough is missing; add passthrough = "127.0.0.1:8300"`},
 		"wildcard server":     {change(t, `"10.71.0.11"`, `"0.0.0.0"`), `address in server is 0.0.0.0, which stands for every address; bind the server to one address`},
 		"no peer address":     {change(t, "  address    = \"10.71.0.12\"\n", ""), `peer "amy" is of this datacenter and has no address`},
 		"nothing leads there": {change(t, "gateways = [\"10.71.0.1\", \"gw.dc1.example:9443\"]\n", ""), `nothing leads to peer "bob.rack1" of dc2`},

@@ -134,7 +134,7 @@ func writeSidecar(s *Sidecar) string {
 		w.optional("profile", s.Server.Profile)
 		w.text("address", s.Server.Address.String())
 		w.text("advertise", s.Server.Advertise.String())
-		fmt.Fprintf(w, "hairpin = %t\n", s.Server.Hairpin)
+		fmt.Fprintf(w, "hairpin = %t\ntls = %t\n", s.Server.Hairpin, s.Server.TLS)
 	})
 	for _, v := range s.Services {
 		w.block("service", v.Name, func() {
@@ -237,6 +237,9 @@ func (w *writer) rest(l Listen, t TLS, a Admin, g Log) {
 	w.block("listen", "", func() {
 		w.text("address", l.Address)
 		w.optional("passthrough", l.Passthrough)
+		if l.PassthroughTLS {
+			fmt.Fprintln(w, "passthrough_tls = true")
+		}
 	})
 	if t != (TLS{}) {
 		w.block("tls", "", func() {

@@ -37,7 +37,7 @@ func profileServices(profile string) []Service {
 		{Name: "gossip-stream", Kind: kindStream, Port: p.gossip, ALPN: "consul/wan-gossip/stream"},
 	}
 	if p.rpc != 0 {
-		out = append(out, Service{Name: "rpc", Kind: kindStream, Port: p.rpc})
+		out = append(out, Service{Name: "rpc", Kind: kindStream, Port: p.rpc, Types: profile == "consul"})
 	}
 	return out
 }
@@ -66,6 +66,10 @@ func (d *decoder) sidecar(root *block) *Sidecar {
 	}
 	captured := d.capture(root, s)
 	d.services(root, s)
+	if s.Server.TLS && !d.anyProfile && !slices.ContainsFunc(s.Services, func(sv Service) bool { return sv.Types }) {
+		d.fault(server.at, `take it away, or give the server the profile "consul"`,
+			"tls in server is true, and no service has the type byte by which a server is told that TLS begins")
+	}
 	root.listen(&s.Listen, true)
 	d.redirect(s, captured.at)
 	s.Gateways = root.gatewayList()
@@ -93,6 +97,7 @@ func (d *decoder) server(b *block, s *Sidecar) {
 		sv.Advertise = sv.Address
 	}
 	sv.Hairpin = b.boolean("hairpin", true)
+	sv.TLS = b.boolean("tls", false)
 	if s.Server == (Server{}) {
 		s.Server = sv
 	}
@@ -221,7 +226,7 @@ func (d *decoder) service(b *block, s *Service) hcl.Range {
 		}
 	}
 	if name, at := b.text("alpn"); at.ok {
-		s.ALPN = name
+		s.ALPN, s.Types = name, false // one name for all of them
 		if bad := badALPN(name); bad != "" {
 			d.fault(at.at, "such as consul/wan-gossip/packet; Culvert's own name needs no mention", "alpn%s is %q: %s", b.in(), name, bad)
 			s.ALPN = ""

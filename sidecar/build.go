@@ -6,6 +6,7 @@ import (
 	"culvert/catalog"
 	"culvert/certs"
 	"culvert/config"
+	"culvert/stream"
 )
 
 // What follows turns the configuration into each part's own terms.
@@ -36,7 +37,31 @@ func protocols(services []config.Service) []alpn.Service {
 		if s.Kind == kindPacket {
 			kind = alpn.KindPacket
 		}
-		out = append(out, alpn.Service{Name: s.Name, Kind: kind, ALPN: s.ALPN})
+		service := alpn.Service{Name: s.Name, Kind: kind, ALPN: s.ALPN}
+		if s.Types {
+			service.Types = alpn.ConsulTypes()
+		}
+		out = append(out, service)
+	}
+	return out
+}
+
+// typeRules are those of the services that have types.
+func (s *Sidecar) typeRules(cfg *config.Sidecar) map[string]stream.TypeRules {
+	rules := stream.TypeRules{TLS: []stream.Type{alpn.ConsulTLS, alpn.ConsulTLSInsecure}, TLSFor: alpn.ConsulTLS}
+	for _, t := range alpn.ConsulTypes() {
+		if t.SameDatacenter {
+			rules.SameDatacenter = append(rules.SameDatacenter, stream.Type(t.Byte))
+		}
+	}
+	if cfg.Server.TLS {
+		rules.Secure = s.secure
+	}
+	out := make(map[string]stream.TypeRules)
+	for _, sv := range cfg.Services {
+		if sv.Types {
+			out[sv.Name] = rules
+		}
 	}
 	return out
 }

@@ -37,10 +37,13 @@ type Explanation struct {
 
 // An ExplainedService is one port of the peer.
 type ExplainedService struct {
-	Name string   `json:"name"`
-	Kind string   `json:"kind"`
-	Port uint16   `json:"port"`
-	ALPN []string `json:"alpn"` // offered, the preferred one first
+	Name string `json:"name"`
+	Kind string `json:"kind"`
+	Port uint16 `json:"port"`
+	// ALPN are the protocols that are offered, the preferred one first. Where
+	// connections begin with a type byte, it is the first one and that of the
+	// type.
+	ALPN []string `json:"alpn"`
 }
 
 // A ProbeStep is one step of a connection.
@@ -83,7 +86,13 @@ func (s *Sidecar) Explain(ctx context.Context, to catalog.Key, probe bool) (Expl
 		e.Capture = fmt.Sprintf("redirect: table %s turns what is for %s to %s", captured.Table, p.Advertise, e.Endpoint)
 	}
 	for _, sv := range cfg.Services {
-		e.Services = append(e.Services, ExplainedService{sv.Name, sv.Kind, sv.Port, s.table.Offer(sv.Name)})
+		offer := s.table.Offer(sv.Name)
+		if sv.Types {
+			for _, t := range alpn.ConsulTypes() {
+				offer = append(offer, t.ALPN)
+			}
+		}
+		e.Services = append(e.Services, ExplainedService{sv.Name, sv.Kind, sv.Port, offer})
 	}
 	path, err := s.locator.Explain(to) //nolint:contextcheck // pools run for as long as the locator does
 	if err != nil {

@@ -9,10 +9,12 @@ import (
 	"culvert/alpn"
 	"culvert/capture"
 	"culvert/certs"
+	"culvert/config"
 	"culvert/internal/pipe"
 	"culvert/mux"
 	"culvert/packet"
 	"culvert/sniff"
+	"culvert/stream"
 )
 
 // packetHandler takes packet connections of verified peers, and hands what
@@ -71,15 +73,39 @@ type streamHandler struct{ *Sidecar }
 
 // ServeConn serves one connection to its end.
 func (s streamHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
-	s.inbound.ServeConn(ctx, keyOf(c.Peer()), c.Route().Service, c)
+	first := stream.Untyped
+	if told := c.Route().Type; told != nil {
+		first = stream.Type(told.Byte)
+	}
+	s.inbound.ServeConn(ctx, keyOf(c.Peer()), c.Route().Service, first, c)
 }
 
-// passthrough hands what is not TLS to another address as it is; nil without one.
-func (s *Sidecar) passthrough(address string) mux.Handler {
-	if address == "" {
-		return nil
+// secure begins TLS with the local server, as its peers would.
+func (s *Sidecar) secure(ctx context.Context, server *net.TCPConn) (net.Conn, error) {
+	cfg := s.cfg.Load()
+	c, err := s.dialer.DialServer(ctx, server, certs.ServerName("", cfg.Datacenter, cfg.Domain))
+	if err != nil {
+		return nil, err
 	}
-	return mux.HandlerFunc(func(ctx context.Context, c *sniff.Conn, establish mux.Establish) {
+	return c, nil
+}
+
+// passthrough returns what hands connections to another address as they are: those
+// that are not TLS, and those of TLS that is not the sidecar's. Each is nil where
+// nothing is to be passed through.
+func (s *Sidecar) passthrough(listen config.Listen) (plain mux.Handler, foreign mux.HandlerFunc) {
+	if listen.Passthrough == "" {
+		return nil, nil
+	}
+	pass := s.passTo(listen.Passthrough)
+	if listen.PassthroughTLS {
+		foreign = pass
+	}
+	return pass, foreign
+}
+
+func (s *Sidecar) passTo(address string) mux.HandlerFunc {
+	return func(ctx context.Context, c *sniff.Conn, establish mux.Establish) {
 		dialer := net.Dialer{Timeout: passthroughDialTimeout}
 		to, err := dialer.DialContext(ctx, "tcp", address)
 		if err != nil {
@@ -91,11 +117,11 @@ func (s *Sidecar) passthrough(address string) mux.Handler {
 		abort := func() { pipe.Abort(from); pipe.Abort(to) }
 		stop := context.AfterFunc(ctx, abort)
 		defer stop()
-		// What was looked at is a few bytes, which any socket takes at once.
+		// What was looked at, a hello at most, is less than a new socket takes at once.
 		if _, err := to.Write(peeked); err != nil || !establish(false) {
 			abort()
 			return
 		}
 		pipe.Join(from, to, pipe.Options{})
-	})
+	}
 }

@@ -14,6 +14,7 @@ import (
 	"culvert/certs"
 	"culvert/locator"
 	"culvert/packet"
+	"culvert/stream"
 )
 
 const passthroughDialTimeout = 5 * time.Second
@@ -35,45 +36,69 @@ func (h handler) Stream(ctx context.Context, to catalog.Key, service string, c *
 
 var errCritical = errors.New("the peer has stopped renewing its entry in the federation, and no connection to it is up")
 
-// isGone tells whether a peer is refused at once, so that the server does not wait
+// isGone tells why a peer is refused at once, nil if it is not, so that the server does not wait
 // for who is not there: the records say that it has stopped renewing its entry, and
 // its own connections do not say otherwise. Those who are merely cut off from the
 // primary go on.
-func (s *Sidecar) isGone(to catalog.Key) bool {
+func (s *Sidecar) isGone(to catalog.Key) error {
 	p, ok := s.catalog.Load().Peer(to)
 	if !ok || !p.Critical {
-		return false
+		return nil
 	}
 	links := s.links.status(to)
-	return len(links) > 0 && !slices.ContainsFunc(links, func(l packet.LinkStatus) bool { return l.State == "up" })
+	if len(links) == 0 || slices.ContainsFunc(links, func(l packet.LinkStatus) bool { return l.State == "up" }) {
+		return nil
+	}
+	return errCritical
 }
 
 func (s *Sidecar) dialPacket(ctx context.Context, to catalog.Key, service string) (packet.Conn, error) {
-	c, err := s.dialPeer(ctx, to, service)
+	c, err := s.dialPeer(ctx, to, service, stream.Untyped)
 	if err != nil {
 		return nil, err // not c: a nil *alpn.Conn is no nil packet.Conn
 	}
 	return c, nil
 }
 
-func (s *Sidecar) dialStream(ctx context.Context, to catalog.Key, service string) (net.Conn, error) {
-	if s.isGone(to) {
-		return nil, errCritical
-	}
-	c, err := s.dialPeer(ctx, to, service)
+func (s *Sidecar) dialStream(ctx context.Context, to catalog.Key, service string, first stream.Type) (net.Conn, bool, error) {
+	c, err := s.dialPeer(ctx, to, service, first)
 	if err != nil {
-		return nil, err
+		if _, refused := errors.AsType[*alpn.RefusedError](err); refused && beginsTLS(first) {
+			err = &innerTLSError{to, first, err}
+		}
+		return nil, false, err
 	}
-	return c, nil
+	return c, c.Route().Type != nil, nil
 }
+
+// beginsTLS tells whether the server's own TLS begins behind a type.
+func beginsTLS(first stream.Type) bool {
+	return first == alpn.ConsulTLS || first == alpn.ConsulTLSInsecure
+}
+
+// An innerTLSError is a connection with TLS of the two servers' own to a peer that
+// does not take that from a sidecar: a native server.
+type innerTLSError struct {
+	to    catalog.Key
+	first stream.Type
+	err   error
+}
+
+func (e *innerTLSError) Error() string {
+	return fmt.Sprintf("the local server begins TLS of its own (type byte %d), which only a sidecar of %s could take. "+
+		"If that is a native server, set verify_outgoing = false in the local server's tls block (internal_rpc): "+
+		"the sidecar's TLS is on the way all the same. Or run a sidecar beside %s: %v", int(e.first), e.to, e.to, e.err)
+}
+
+func (e *innerTLSError) Unwrap() error { return e.err }
 
 // dialPeer connects to a peer's sidecar by whatever path there is, and makes
 // sure that it is that peer's. A gateway that has not heard of the peer yet says so
 // by an alert, and the next one is asked at once.
-func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, service string) (*alpn.Conn, error) {
+func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, service string, first stream.Type) (*alpn.Conn, error) {
 	const tries = 3
 	for try := 1; ; try++ {
-		c, path, err := s.dialOnce(ctx, to, service)
+		c, path, err := s.dialOnce(ctx, to, service, first)
 		if err == nil {
 			return c, nil
 		}
@@ -84,13 +109,18 @@ func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, service string) 
 	}
 }
 
-func (s *Sidecar) dialOnce(ctx context.Context, to catalog.Key, service string) (*alpn.Conn, locator.Path, error) {
+func (s *Sidecar) dialOnce(ctx context.Context, to catalog.Key, service string, first stream.Type) (*alpn.Conn, locator.Path, error) {
 	raw, path, err := s.locator.Dial(ctx, to)
 	if err != nil {
 		return nil, path, err
 	}
 	name := certs.ServerName(to.Node, to.Datacenter, s.cfg.Load().Domain)
-	c, err := s.dialer.Dial(ctx, raw, name, service)
+	var c *alpn.Conn
+	if first == stream.Untyped {
+		c, err = s.dialer.Dial(ctx, raw, name, service)
+	} else {
+		c, err = s.dialer.DialType(ctx, raw, name, service, first.Byte())
+	}
 	s.locator.Report(to, path, err)
 	if err != nil {
 		return nil, path, viaError{path, err}

@@ -19,7 +19,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -147,15 +149,20 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	s.receiver = packet.NewReceiver(packet.ReceiverOptions{Log: o.Log, Metrics: s.packets})
 	s.links = newLinks(named(cfg.Services, true), s.dialPacket, packet.LinkOptions{Log: o.Log, Metrics: s.packets})
 	streams := stream.NewMetrics(o.Registry, named(cfg.Services, false)...)
-	s.outbound = stream.NewOutbound(s.dialStream, stream.OutboundOptions{Log: o.Log, Metrics: streams})
-
-	s.inbound = stream.NewInbound(s.dialServer, stream.InboundOptions{Log: o.Log, Metrics: streams})
+	rules := s.typeRules(cfg)
+	s.outbound = stream.NewOutbound(s.dialStream, stream.OutboundOptions{
+		Typed: slices.Collect(maps.Keys(rules)), Refuse: s.isGone, Log: o.Log, Metrics: streams,
+	})
+	s.inbound = stream.NewInbound(s.dialServer, stream.InboundOptions{
+		Datacenter: cfg.Datacenter, Typed: rules, Log: o.Log, Metrics: streams,
+	})
 
 	// Inward: what the far sidecars dial.
 	muxMetrics := mux.NewMetrics(o.Registry, alpn.Reasons()...)
+	plain, foreign := s.passthrough(cfg.Listen)
 	terminator, err := alpn.NewServer(s.table, s.certs, alpn.ServerOptions{
 		Packet: packetHandler{s}, Stream: streamHandler{s}, Raft: s.federated.raftHandler(), HTTP: s.federated.apiHandler(),
-		Refused: muxMetrics.Refused, Log: o.Log, Metrics: tlsMetrics,
+		Foreign: foreign, Refused: muxMetrics.Refused, Log: o.Log, Metrics: tlsMetrics,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("build the TLS server: %w", err)
@@ -165,7 +172,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 		return nil, listenError{err}
 	}
 	s.mux, err = mux.New(ln, mux.Options{
-		TLS: terminator, Plain: s.passthrough(cfg.Listen.Passthrough), DrainTimeout: drainTimeout, Drain: s.drain,
+		TLS: terminator, Plain: plain, DrainTimeout: drainTimeout, Drain: s.drain,
 		// All peers of other datacenters come from the gateways' addresses: a
 		// limit for one of these would be a limit for all of them together.
 		MaxConnsPerSource: mux.DefaultMaxConns,

@@ -35,10 +35,11 @@ var ranges atomic.Uint32
 
 type side struct {
 	*Sidecar
-	cfg  *config.Sidecar
-	udp  *net.UDPConn
-	tcp  *net.TCPListener
-	stop func()
+	cfg      *config.Sidecar
+	registry *prometheus.Registry
+	udp      *net.UDPConn
+	tcp      *net.TCPListener
+	stop     func()
 }
 
 type pair struct {
@@ -112,7 +113,8 @@ func (p *pair) start(t testing.TB, cfg *config.Sidecar) *side {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := New(cfg, Options{Registry: prometheus.NewRegistry(), Version: "test"})
+	registry := prometheus.NewRegistry()
+	s, err := New(cfg, Options{Registry: registry, Version: "test"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +122,7 @@ func (p *pair) start(t testing.TB, cfg *config.Sidecar) *side {
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
 	stopped := false
-	out := &side{Sidecar: s, cfg: cfg, udp: udp, tcp: tcp}
+	out := &side{Sidecar: s, cfg: cfg, registry: registry, udp: udp, tcp: tcp}
 	out.stop = func() {
 		if stopped {
 			return

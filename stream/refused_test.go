@@ -49,7 +49,7 @@ func refusing(t *testing.T) DialPeer {
 		t.Fatal(err)
 	}
 	d := alpn.NewDialer(table, load(t, ca, ca.Leaf(t, testpki.Gateway("dc1", "gw"))), alpn.DialerOptions{})
-	return func(ctx context.Context, _ catalog.Key, service string) (net.Conn, error) {
+	return func(ctx context.Context, _ catalog.Key, service string, _ Type) (net.Conn, bool, error) {
 		raw, accepted := testtcp.Pair(t)
 		done := make(chan struct{})
 		go func() {
@@ -57,7 +57,8 @@ func refusing(t *testing.T) DialPeer {
 			bobs.ServeConn(t.Context(), sniff.NewConn(accepted, nil), func(bool) bool { return true })
 		}()
 		t.Cleanup(func() { _ = accepted.Close(); <-done })
-		return d.Dial(ctx, raw, "bob.server.dc2.consul", service)
+		c, err := d.Dial(ctx, raw, "bob.server.dc2.consul", service)
+		return c, false, err
 	}
 }
 
@@ -112,9 +113,7 @@ func TestOtherAlertsAreNoFailures(t *testing.T) {
 	t.Run("after data", func(t *testing.T) {
 		_, captured := testtcp.Pair(t)
 		_, far := testtcp.Pair(t)
-		o := NewOutbound(func(context.Context, catalog.Key, string) (net.Conn, error) {
-			return &alerting{far, "data"}, nil
-		}, OutboundOptions{})
+		o := NewOutbound(reaching(&alerting{far, "data"}), OutboundOptions{})
 		within(t, "Stream", func() { o.Stream(t.Context(), bob, "rpc", captured) })
 		if s := o.Peer(bob); s.LastError != "" || s.Total != 1 || s.BytesReceived != 4 {
 			t.Errorf("stats %+v", s)
@@ -124,7 +123,7 @@ func TestOtherAlertsAreNoFailures(t *testing.T) {
 		_, accepted := testtcp.Pair(t)
 		server, dialled := testtcp.Pair(t)
 		i := NewInbound(func(context.Context, catalog.Key, string) (*net.TCPConn, error) { return dialled, nil }, InboundOptions{})
-		within(t, "ServeConn", func() { i.ServeConn(t.Context(), bob, "rpc", &alerting{accepted, ""}) })
+		within(t, "ServeConn", func() { i.ServeConn(t.Context(), bob, "rpc", Untyped, &alerting{accepted, ""}) })
 		if _, err := io.ReadAll(server); err == nil {
 			t.Error("the server saw a clean end")
 		}

@@ -5,7 +5,12 @@
 //	out.Stream(ctx, bob, "rpc", captured) // returns when the connection has ended
 //
 //	in := stream.NewInbound(dialServer, stream.InboundOptions{Metrics: m})
-//	in.ServeConn(ctx, bob, "rpc", accepted)
+//	in.ServeConn(ctx, bob, "rpc", stream.Untyped, accepted)
+//
+// A service may have types: the first byte of a connection tells what it is, as
+// on Consul's RPC port. A peer's sidecar gets the connection as it is. A native
+// server is told the type before, by another protocol, and gets what follows the
+// byte; from one the byte is put back.
 //
 // Ends are passed on as what they are, half-closes and resets. A connection
 // that cannot be made is refused: the side that asked sees a reset at once, as
@@ -106,10 +111,12 @@ func (r *relays) Forget(peer catalog.Key) {
 }
 
 // join relays until both sides have ended, or ctx has. It owns both.
-func (r *relays) join(ctx context.Context, peer catalog.Key, service string, server *net.TCPConn, far net.Conn) {
+func (r *relays) join(ctx context.Context, peer catalog.Key, service string, server, far net.Conn) {
 	stats, series := r.stats(peer), r.m.series(r.dir, service)
-	if err := sockopt.Stream(server); err != nil {
-		r.log.Debug("tune connection", zap.Stringer("peer", peer), zap.Error(err)) // it is closed already, most likely
+	if tcp, ok := server.(*net.TCPConn); ok { // TLS has seen to it
+		if err := sockopt.Stream(tcp); err != nil {
+			r.log.Debug("tune connection", zap.Stringer("peer", peer), zap.Error(err)) // it is closed already, most likely
+		}
 	}
 	stats.open.Add(1)
 	stats.total.Add(1)
@@ -134,6 +141,12 @@ func (r *relays) join(ctx context.Context, peer catalog.Key, service string, ser
 	}
 	r.log.Debug("stream ended", zap.Stringer("peer", peer), zap.String("service", service),
 		zap.Int64("sent", res.AtoB), zap.Int64("received", res.BtoA), zap.Bool("reset", res.Reset), zap.Error(res.Err))
+}
+
+// received counts bytes that were handed to the local server before a join.
+func (r *relays) received(peer catalog.Key, service string, n int) {
+	r.stats(peer).received.Add(uint64(n)) //nolint:gosec // not negative
+	r.m.bytes(in, service).Add(float64(n))
 }
 
 // A refused error is one by which the far side tells that it does not take the

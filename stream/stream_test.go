@@ -38,16 +38,21 @@ func within(t *testing.T, what string, f func()) {
 	}
 }
 
+// reaching returns a DialPeer that has a connection already.
+func reaching(far net.Conn) DialPeer {
+	return func(context.Context, catalog.Key, string, Type) (net.Conn, bool, error) { return far, false, nil }
+}
+
 func TestOutboundRelays(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	m := NewMetrics(reg, "rpc")
 	server, captured := testtcp.Pair(t)
 	peer, far := testtcp.Pair(t)
-	o := NewOutbound(func(_ context.Context, to catalog.Key, service string) (net.Conn, error) {
-		if to != bob || service != "rpc" {
-			t.Errorf("dialled %v %s", to, service)
+	o := NewOutbound(func(_ context.Context, to catalog.Key, service string, first Type) (net.Conn, bool, error) {
+		if to != bob || service != "rpc" || first != Untyped {
+			t.Errorf("dialled %v %s %v", to, service, first)
 		}
-		return far, nil
+		return far, false, nil
 	}, OutboundOptions{Metrics: m})
 	done := make(chan struct{})
 	go func() { defer close(done); o.Stream(t.Context(), bob, "rpc", captured) }()
@@ -99,8 +104,8 @@ culvert_stream_open{direction="out",service="rpc"} 0
 // Refused is refused: whoever asked sees a reset at once, and why is kept.
 func TestOutboundWithoutAPeer(t *testing.T) {
 	server, captured := testtcp.Pair(t)
-	o := NewOutbound(func(context.Context, catalog.Key, string) (net.Conn, error) {
-		return nil, errors.New("gateway away")
+	o := NewOutbound(func(context.Context, catalog.Key, string, Type) (net.Conn, bool, error) {
+		return nil, false, errors.New("gateway away")
 	}, OutboundOptions{})
 	within(t, "Stream", func() { o.Stream(t.Context(), bob, "rpc", captured) })
 	if _, err := server.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
@@ -116,7 +121,7 @@ func TestInboundWithoutAServer(t *testing.T) {
 	i := NewInbound(func(context.Context, catalog.Key, string) (*net.TCPConn, error) {
 		return nil, syscall.ECONNREFUSED
 	}, InboundOptions{})
-	within(t, "ServeConn", func() { i.ServeConn(t.Context(), bob, "rpc", accepted) })
+	within(t, "ServeConn", func() { i.ServeConn(t.Context(), bob, "rpc", Untyped, accepted) })
 	if _, err := peer.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the peer read: %v, want a reset", err)
 	}
@@ -132,7 +137,7 @@ func TestInboundPassesAReset(t *testing.T) {
 		return dialled, nil
 	}, InboundOptions{})
 	done := make(chan struct{})
-	go func() { defer close(done); i.ServeConn(t.Context(), bob, "rpc", accepted) }()
+	go func() { defer close(done); i.ServeConn(t.Context(), bob, "rpc", Untyped, accepted) }()
 	_, _ = io.WriteString(peer, "x")
 	if _, err := io.ReadFull(server, make([]byte, 1)); err != nil {
 		t.Fatal(err)
@@ -163,7 +168,7 @@ func TestContextAndDrainEndStreams(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			server, captured := testtcp.Pair(t)
 			peer, far := testtcp.Pair(t)
-			o := NewOutbound(func(context.Context, catalog.Key, string) (net.Conn, error) { return far, nil }, OutboundOptions{})
+			o := NewOutbound(reaching(far), OutboundOptions{})
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			done := make(chan struct{})

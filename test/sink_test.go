@@ -97,6 +97,7 @@ type lone struct {
 	ca      *testpki.CA
 	sink    *sink
 	sidecar *lab.Daemon
+	port    int // of the sidecar
 }
 
 const (
@@ -107,7 +108,7 @@ const (
 func newLone(t *testing.T) *lone {
 	t.Helper()
 	n := lab.TwoSites(t, lab.Options{HostsA: 1})
-	l := &lone{t: t, host: n.Sites[0].Hosts[0], others: n.Sites[0].Gateway, ca: testpki.New(t, "consul")}
+	l := &lone{t: t, host: n.Sites[0].Hosts[0], others: n.Sites[0].Gateway, ca: testpki.New(t, "consul"), port: 8443}
 	l.sink = startSink(t, l.host)
 	files := t.TempDir()
 	ca, cert, key := l.ca.WriteFiles(t, files, l.ca.Leaf(t, testpki.Server("dc1", "alice")))
@@ -142,7 +143,7 @@ log {
 
 // dial connects to the sidecar as whoever has the certificate; nil has none.
 func (l *lone) dial(cert *testpki.Cert, protocols ...string) (*tls.Conn, error) {
-	raw, err := l.others.Dial("tcp", lab.HostPort(l.host.Addr, 8443))
+	raw, err := l.others.Dial("tcp", lab.HostPort(l.host.Addr, l.port))
 	if err != nil {
 		return nil, err
 	}
