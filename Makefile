@@ -5,7 +5,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 CACHE       := $(CURDIR)/.cache
 BIN         := $(CURDIR)/bin
-FUZZTIME    ?= 30s
+FUZZTIME    ?= 15s
 BENCHTIME   ?= 1s
 GO          ?= go
 # The race detector needs a C compiler. Where there is none tests run without
@@ -80,7 +80,7 @@ tidy:
 	@$(GO) mod verify >/dev/null
 
 .PHONY: fuzz
-fuzz: ## Each fuzz target for FUZZTIME (30s)
+fuzz: ## Each fuzz target for FUZZTIME (15s)
 	@for t in $$(grep -rhoE --include='*_test.go' '^func Fuzz[A-Za-z0-9]+' --with-filename . | sed -E 's,^\./(.*)/[^/]+:func (.*),\1:\2,'); do \
 		echo "fuzz $$t"; \
 		$(GO) test -run '^$$' -fuzz "^$${t#*:}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./$${t%%:*}; \
