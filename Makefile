@@ -32,9 +32,27 @@ demo: build serf $(if $(FEDERATION),e2e-tools) ## Two datacenters on loopback (F
 
 .PHONY: test
 test: e2e-tools serf race-note root-note ## Every test, end-to-end tests included (root and iproute2; CULVERT_E2E=require fails where they are missing)
-	@$(GO) test $(RACE) -shuffle=on -timeout 10m $(RUNFLAGS) $$($(GO) list ./... | grep -v '^culvert/test$$')
+	@$(GO) test $(RACE) -shuffle=on -timeout 10m $(RUNFLAGS) $$($(GO) list ./... | grep -vE '^culvert/test(/interop)?$$')
 	@mkdir -p $(CACHE) && rm -f $(SUMMARY)
 	@CULVERT_E2E_SUMMARY=$(SUMMARY) $(GO) test $(RACE) -shuffle=on -timeout 20m -count=1 $(RUNFLAGS) ./test; status=$$?; cat $(SUMMARY); exit $$status
+
+# Not part of the check: to build Consul and Nomad takes some ten minutes on two
+# cores, and their tests as long again.
+.PHONY: interop
+interop: build e2e-tools gateways servers ## Real Consul, Nomad and Alertmanager behind sidecars, HAProxy and nginx as gateways (root; half an hour the first time)
+	@CULVERT_INTEROP=require CULVERT_E2E=require $(GO) test -count=1 -timeout 60m -v $(RUNFLAGS) ./test/interop | grep -vE '^(=== |\{)'
+
+.PHONY: servers
+servers:
+	@for s in consul nomad alertmanager; do $(GO) -C test/servers/$$s build -o $(CACHE)/bin/ tool; done
+
+.PHONY: gateways
+gateways:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! (command -v haproxy && command -v nginx && test -d /usr/share/doc/libnginx-mod-stream) >/dev/null; then \
+		echo "fetching haproxy and nginx with its stream module"; \
+		(apt-get update && apt-get install -y --no-install-recommends haproxy nginx libnginx-mod-stream) >/dev/null 2>&1 \
+			|| echo "they could not be installed: the tests will say so"; \
+	fi
 
 # End-to-end tests need ip(8) and nft(8). As root on Debian they are fetched
 # where they are missing; elsewhere the tests themselves say what they lack.

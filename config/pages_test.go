@@ -1,15 +1,20 @@
 package config
 
 import (
+	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
 )
 
 var (
-	hclBlock = regexp.MustCompile("(?ms)^```hcl\n(.*?)\n```$")
-	topLevel = regexp.MustCompile(`(?m)^([a-z_]+)\b`)
+	hclBlock  = regexp.MustCompile("(?ms)^```hcl\n(.*?)\n```$")
+	named     = regexp.MustCompile("(?ms)^```[a-z]* (deploy/\\S+)\n(.*?)\n```$")
+	declared  = regexp.MustCompile(`(?m)^func (Test[A-Z]\w*|Benchmark[A-Z]\w*)\(`)
+	mentioned = regexp.MustCompile(`\b(?:Test|Benchmark)[A-Z]\w*`)
+	topLevel  = regexp.MustCompile(`(?m)^([a-z_]+)\b`)
 )
 
 // What README.md and the handbook show as a configuration is one: complete, or
@@ -61,4 +66,78 @@ func completed(text string) string {
 		out += "gateways = [\"10.71.0.1:8443\"]\n"
 	}
 	return out + text
+}
+
+// What a page shows of deploy/ is what is there, which end-to-end tests run.
+func TestPagesShowWhatIsDeployed(t *testing.T) {
+	pages, err := filepath.Glob("../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := make(map[string]bool)
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range named.FindAllStringSubmatch(string(text), -1) {
+			shown[m[1]] = true
+			file, err := os.ReadFile("../" + m[1])
+			if err != nil || strings.TrimRight(string(file), "\n") != m[2] {
+				t.Errorf("%s shows another %s than there is (%v)", page, m[1], err)
+			}
+		}
+	}
+	files, err := filepath.Glob("../deploy/*/*")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("deploy has %d files, %v", len(files), err)
+	}
+	for _, file := range files {
+		if name := strings.TrimPrefix(file, "../"); !shown[name] {
+			t.Errorf("no page shows %s", name)
+		}
+	}
+}
+
+// A test that a page names is there.
+func TestPagesNameTests(t *testing.T) {
+	have := make(map[string]bool)
+	err := filepath.WalkDir("..", func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		for _, m := range declared.FindAllStringSubmatch(string(text), -1) {
+			have[m[1]] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages, err := filepath.Glob("../docs/*.md")
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("%d pages, %v", len(pages), err)
+	}
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range mentioned.FindAllString(string(text), -1) {
+			if !have[name] && (!strings.HasPrefix(name, "Benchmark") || !prefixed(have, name)) {
+				t.Errorf("%s names %s, which does not exist", page, name)
+			}
+		}
+	}
+}
+
+// prefixed tells whether a name is one of what `go test -bench` takes for several.
+func prefixed(have map[string]bool, name string) bool {
+	for h := range have {
+		if strings.HasPrefix(h, name) {
+			return true
+		}
+	}
+	return false
 }

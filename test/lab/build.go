@@ -24,6 +24,15 @@ var (
 	buildSerf = sync.OnceValues(func() (string, error) {
 		return build("test/servers", filepath.Join(root(), ".cache", "bin", "serf"), "github.com/hashicorp/serf/cmd/serf")
 	})
+	buildConsul = sync.OnceValues(func() (string, error) {
+		return build("test/servers/consul", filepath.Join(root(), ".cache", "bin", "consul"), "github.com/hashicorp/consul")
+	})
+	buildNomad = sync.OnceValues(func() (string, error) {
+		return build("test/servers/nomad", filepath.Join(root(), ".cache", "bin", "nomad"), "github.com/hashicorp/nomad")
+	})
+	buildAlertmanager = sync.OnceValues(func() (string, error) {
+		return build("test/servers/alertmanager", filepath.Join(root(), ".cache", "bin", "alertmanager"), "github.com/prometheus/alertmanager/cmd/alertmanager")
+	})
 	buildDemo = sync.OnceValues(func() (string, error) {
 		return build(".", filepath.Join(root(), ".cache", "bin", "demo"), "./test/demo")
 	})
@@ -52,6 +61,16 @@ func Culvert(t testing.TB) string { t.Helper(); return built(t, buildCulvert) }
 
 // Serf builds the upstream serf agent, unchanged, and returns its path.
 func Serf(t testing.TB) string { t.Helper(); return built(t, buildSerf) }
+
+// ConsulProgram builds Consul, unchanged, and returns its path. The first time
+// takes minutes.
+func ConsulProgram(t testing.TB) string { t.Helper(); return built(t, buildConsul) }
+
+// NomadProgram is ConsulProgram for Nomad.
+func NomadProgram(t testing.TB) string { t.Helper(); return built(t, buildNomad) }
+
+// AlertmanagerProgram is ConsulProgram for Alertmanager.
+func AlertmanagerProgram(t testing.TB) string { t.Helper(); return built(t, buildAlertmanager) }
 
 // Demo builds the demo and returns its path.
 func Demo(t testing.TB) string { t.Helper(); return built(t, buildDemo) }

@@ -185,6 +185,17 @@ func (p *PKI) leaf(role, dc, node, domain string) string {
 	return TLSBlock(ca, name+".pem", name+"-key.pem")
 }
 
+// Files are the paths of a CA, of a certificate that it has signed, and of its key.
+type Files struct{ CA, Cert, Key string }
+
+// Files returns the files of a server's certificate, made if it has to be: the
+// very ones that its sidecar uses.
+func (p *PKI) Files(dc, node, domain string) *Files {
+	p.t.Helper()
+	ca, name := p.files("server", dc, node, domain)
+	return &Files{ca, name + ".pem", name + "-key.pem"}
+}
+
 // files returns the CA's file, and a certificate's without its suffix.
 func (p *PKI) files(role, dc, node, domain string) (ca, name string) {
 	p.t.Helper()

@@ -163,7 +163,22 @@ func (n *Network) host(id, dir, name string, addr netip.Addr) *Host {
 			n.t.Errorf("remove namespace %s: %v %s", h.NS, err, out)
 		}
 	})
+	n.t.Cleanup(h.reap)
 	return h
+}
+
+// reap ends what is left on the host: servers start processes of their own, some
+// of which are meant to outlive them.
+func (h *Host) reap() {
+	out, err := exec.Command("ip", "netns", "pids", h.NS).Output()
+	if err != nil {
+		h.t.Errorf("list what runs on %s: %v", h.Name, err)
+	}
+	for field := range strings.FieldsSeq(string(out)) {
+		if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
+			_ = unix.Kill(pid, unix.SIGKILL) // an error means that it has gone
+		}
+	}
 }
 
 // wire makes the links and addresses.
