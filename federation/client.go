@@ -30,10 +30,9 @@ const (
 	// to ask the others who leads now.
 	leaderTimeout = requestTimeout / 2
 	maxRedirects  = 3
-	// readTimeout is longer: all records of a large federation take a while
-	// on a slow line.
-	readTimeout = requestTimeout + writeSlack
 )
+
+var errTooLong = fmt.Errorf("more than %d bytes", maxAnswer)
 
 // ClientOptions configure a [Client].
 type ClientOptions struct {
@@ -97,14 +96,8 @@ type answer struct {
 	body   []byte
 }
 
-func (a *answer) index() uint64 {
-	n, _ := strconv.ParseUint(a.header.Get(IndexHeader), 10, 64) // absent is 0
-	return n
-}
-
-// do asks one URL. An answer is 200, or also if that is not 0; any other one is
-// an error.
-func (c *Client) do(ctx context.Context, method, target string, body any, header http.Header, also int) (*answer, error) {
+// send asks one URL. Who gets the response closes its body.
+func (c *Client) send(ctx context.Context, method, target string, body any, header http.Header) (*http.Response, error) {
 	var content io.Reader
 	if body != nil {
 		b, err := json.Marshal(body)
@@ -125,20 +118,35 @@ func (c *Client) do(ctx context.Context, method, target string, body any, header
 		}
 		return nil, fmt.Errorf("ask %s: %w", req.URL.Host, err)
 	}
+	return resp, nil
+}
+
+// do asks one URL. An answer is 200, or also if that is not 0; any other one is
+// an error.
+func (c *Client) do(ctx context.Context, method, target string, body any, also int) (*answer, error) {
+	resp, err := c.send(ctx, method, target, body, nil)
+	if err != nil {
+		return nil, err
+	}
 	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err == nil && len(b) > maxAnswer {
-		err = fmt.Errorf("more than %d bytes", maxAnswer)
+		err = errTooLong
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read answer of %s: %w", req.URL.Host, err)
+		return nil, fmt.Errorf("read answer of %s: %w", resp.Request.URL.Host, err)
 	}
 	if resp.StatusCode == http.StatusOK || resp.StatusCode == also {
 		return &answer{resp.StatusCode, resp.Header, b}, nil
 	}
+	return nil, answerError(resp.StatusCode, b)
+}
+
+// answerError is an answer that is no success, with what its body says.
+func answerError(code int, body []byte) *AnswerError {
 	var f failure
-	_ = json.Unmarshal(b, &f) // some other text is no message of ours
-	return nil, &AnswerError{resp.StatusCode, bounded(f.Error), bounded(f.Reason)}
+	_ = json.Unmarshal(body, &f) // some other text is no message of ours
+	return &AnswerError{code, bounded(f.Error), bounded(f.Reason)}
 }
 
 // bounded keeps a message fit for a line of a log.
@@ -192,7 +200,7 @@ func (c *Client) try(ctx context.Context, method, base, path string, body any) (
 		ctx, cancel = context.WithTimeout(ctx, leaderTimeout)
 		defer cancel()
 	}
-	return c.do(ctx, method, base+path, body, nil, http.StatusTemporaryRedirect)
+	return c.do(ctx, method, base+path, body, http.StatusTemporaryRedirect)
 }
 
 // useless tells whether an error is none that the leader of a store would give:
@@ -278,7 +286,7 @@ func (c *Client) Greet(ctx context.Context, address string) (store.Greeting, err
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	var g store.Greeting
-	a, err := c.do(ctx, http.MethodGet, "https://"+address+"/v1/federation-store", nil, nil, 0)
+	a, err := c.do(ctx, http.MethodGet, "https://"+address+"/v1/federation-store", nil, 0)
 	if err == nil {
 		err = json.Unmarshal(a.body, &g)
 	}
@@ -290,53 +298,8 @@ func (c *Client) Greet(ctx context.Context, address string) (store.Greeting, err
 func (c *Client) Promise(ctx context.Context, address string, p store.Proposal) error {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	_, err := c.do(ctx, http.MethodPost, "https://"+address+"/v1/federation-store/promise", p, nil, 0)
+	_, err := c.do(ctx, http.MethodPost, "https://"+address+"/v1/federation-store/promise", p, 0)
 	return err
-}
-
-// A reading is an answer to a reader.
-type reading struct {
-	store   string
-	index   uint64
-	records []json.RawMessage
-	full    bool
-	same    bool // nothing differs
-}
-
-// changes asks for what has changed since a state, and waits for it.
-func (c *Client) changes(ctx context.Context, s *state.State, wait time.Duration) (reading, error) {
-	ctx, cancel := context.WithTimeout(ctx, wait+wait/16+readTimeout)
-	defer cancel()
-	return c.read(ctx, s, wait, nil)
-}
-
-// compare asks whether a state is what the primary has at its index, and for all
-// records if it is not. Where the primary is at another index the answer is as of
-// changes, and nothing was compared.
-func (c *Client) compare(ctx context.Context, s *state.State) (reading, error) {
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
-	defer cancel()
-	return c.read(ctx, s, 0, http.Header{"If-None-Match": {etag(s)}})
-}
-
-func (c *Client) read(ctx context.Context, s *state.State, wait time.Duration, header http.Header) (reading, error) {
-	q := url.Values{"changes": {""}, "store": {s.Store()}, "wait": {wait.String()}}
-	q.Set("index", strconv.FormatUint(s.Index(), 10))
-	a, err := c.do(ctx, http.MethodGet, c.any+"/v1/federation-states?"+q.Encode(), nil, header, http.StatusNotModified)
-	if err != nil {
-		return reading{}, err
-	}
-	r := reading{
-		store: a.header.Get(StoreHeader), index: a.index(),
-		full: a.header.Get(FullHeader) == "true", same: a.code == http.StatusNotModified,
-	}
-	if r.same {
-		return r, nil
-	}
-	if err := json.Unmarshal(a.body, &r.records); err != nil {
-		return reading{}, fmt.Errorf("read records: %w", err)
-	}
-	return r, nil
 }
 
 // Close ends the connections that nobody uses.

@@ -102,7 +102,7 @@ func FuzzEntry(f *testing.F) {
 // not named; what is good can be asked again in other words.
 func FuzzQuery(f *testing.F) {
 	seeds := []string{
-		"", "index=5", "index=5&wait=60s", "index=0&wait=60s", "wait=24h", "index=5&wait=-1s", "index=-5", "changes", "changes=false&store=S&index=7",
+		"", "index=5", "index=5&wait=60s", "index=0&wait=60s", "wait=24h", "index=5&wait=-1s", "index=-5", "changes", "changes=false&store=S&index=7", "changes&stream&wait=5s", "stream",
 		"store=", "index=18446744073709551615", "index=18446744073709551616", "index=1&wait=0", "index=%31", "index=1;wait=2s", "%zz", "index=1&index=x",
 		"index=1&wait=2562047h47m16.854775807s", "wait=1e9s", "index=+5", "index=0x5",
 	}
@@ -117,7 +117,7 @@ func FuzzQuery(f *testing.F) {
 			}
 			return
 		}
-		if q.wait < 0 || q.wait > MaxWait || q.index == 0 && q.wait != 0 || q.store != "" && !q.named {
+		if q.wait < 0 || q.wait > MaxWait || q.index == 0 && q.wait != 0 && !q.stream || q.store != "" && !q.named {
 			t.Errorf("%q is %+v", raw, q)
 		}
 		words := url.Values{"index": {strconv.FormatUint(q.index, 10)}, "wait": {q.wait.String()}}
@@ -126,6 +126,9 @@ func FuzzQuery(f *testing.F) {
 		}
 		if q.changes {
 			words.Set("changes", "")
+		}
+		if q.stream {
+			words.Set("stream", "")
 		}
 		again, err := parseQuery(&http.Request{URL: &url.URL{RawQuery: words.Encode()}})
 		if err != nil || again != q {

@@ -30,7 +30,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		}, []string{"result"}),
 		reads: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "culvert_federation_reads_total",
-			Help: "Questions to the primary for records, by result.",
+			Help: "Messages of the primary with records, and questions that came to nothing, by result (ok, error).",
 		}, []string{"result"}),
 		repairs: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "culvert_federation_repairs_total",
@@ -80,18 +80,9 @@ func (m *Metrics) KeptOut(n int) { m.kept.Set(float64(n)) }
 
 // Show publishes what is known.
 func (m *Metrics) Show(s *state.State) {
-	count := map[state.Kind]map[state.Health]int{state.KindServer: {}, state.KindGateway: {}}
-	for _, r := range s.Records() {
-		for _, sv := range r.Servers {
-			count[state.KindServer][sv.Health]++
-		}
-		for _, g := range r.Gateways {
-			count[state.KindGateway][g.Health]++
-		}
-	}
-	for kind, by := range count {
+	for _, kind := range []state.Kind{state.KindServer, state.KindGateway} {
 		for _, h := range []state.Health{state.Passing, state.Critical} {
-			m.entries.WithLabelValues(string(kind), string(h)).Set(float64(by[h]))
+			m.entries.WithLabelValues(string(kind), string(h)).Set(float64(s.Count(kind, h)))
 		}
 	}
 	m.index.Set(float64(s.Index()))

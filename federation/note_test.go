@@ -28,14 +28,18 @@ func (m *moody) RoundTrip(r *http.Request) (*http.Response, error) {
 	if !m.well.Load() {
 		return nil, fmt.Errorf("attempt %d came to nothing", n)
 	}
-	if r.URL.Query().Get("wait") != "0s" { // nothing happens there
-		<-r.Context().Done()
-		return nil, r.Context().Err()
-	}
+	body := io.MultiReader(strings.NewReader(`{"store":"ONE","index":1,"full":true}`+"\n"), silence{r.Context()})
 	return &http.Response{
-		StatusCode: http.StatusOK, Request: r, Body: io.NopCloser(strings.NewReader("[]")),
-		Header: http.Header{IndexHeader: {"1"}, StoreHeader: {"ONE"}, FullHeader: {"true"}},
+		StatusCode: http.StatusOK, Request: r, Body: io.NopCloser(body), Header: http.Header{"Content-Type": {streamType}},
 	}, nil
+}
+
+// silence reads as nothing until a context ends.
+type silence struct{ context.Context }
+
+func (s silence) Read([]byte) (int, error) {
+	<-s.Done()
+	return 0, s.Err()
 }
 
 // A primary that is away is told of at once, and every 30 s while it stays so,

@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"strconv"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -49,19 +48,10 @@ const writeSlack = 30 * time.Second
 type reads struct {
 	source Source
 	log    *zap.Logger
-	cached atomic.Pointer[changesAnswer]
+	cache  messages
 	// astray tells that the source may be behind for good, so that who asks
 	// had better ask somebody else the next time. Nil means never.
 	astray func() bool
-}
-
-// A changesAnswer is what most of those who wait get: they have the same index.
-type changesAnswer struct {
-	state *state.State
-	store string
-	since uint64
-	body  []byte
-	full  bool
 }
 
 // ReadHandler answers the paths of the API that change nothing, from a source.
@@ -89,19 +79,21 @@ func (h *reads) all(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusBadRequest, failure{Error: err.Error()})
 		return
 	}
+	if q.changes && q.stream {
+		h.stream(w, r, q)
+		return
+	}
 	s := h.wait(w, r, q, func(s *state.State) bool { return s.Index() > q.index || q.named && q.store != s.Store() })
 	if !q.changes {
 		h.answer(w, r, s, func() []byte { return array(s.All()) })
 		return
 	}
+	records, full := s.Changes(q.store, q.index)
 	if differs(r, s, q) {
-		w.Header().Set(FullHeader, "true")
-		h.answer(w, r, s, func() []byte { return array(s.All()) })
-		return
+		records, full = s.All(), true
 	}
-	a := h.changes(s, q)
-	w.Header().Set(FullHeader, strconv.FormatBool(a.full))
-	h.answer(w, r, s, func() []byte { return a.body })
+	w.Header().Set(FullHeader, strconv.FormatBool(full))
+	h.answer(w, r, s, func() []byte { return array(records) })
 }
 
 // differs tells whether a client that says what it has at this very index has
@@ -109,16 +101,6 @@ func (h *reads) all(w http.ResponseWriter, r *http.Request) {
 func differs(r *http.Request, s *state.State, q query) bool {
 	has := r.Header.Get("If-None-Match")
 	return has != "" && has != etag(s) && q.store == s.Store() && q.index == s.Index()
-}
-
-func (h *reads) changes(s *state.State, q query) *changesAnswer {
-	if c := h.cached.Load(); c != nil && c.state == s && c.since == q.index && c.store == q.store {
-		return c
-	}
-	records, full := s.Changes(q.store, q.index)
-	c := &changesAnswer{s, q.store, q.index, array(records), full}
-	h.cached.Store(c)
-	return c
 }
 
 // gateways answers with every datacenter's gateways.
@@ -180,14 +162,18 @@ type query struct {
 	store   string
 	named   bool // store was given; "" is what is no store's
 	changes bool
+	stream  bool
 	wait    time.Duration // 0 does not wait
 }
 
-// parseQuery reads ?index=N&wait=60s&store=ID&changes. Without an index, and
-// with index 0, nothing is waited for.
+// parseQuery reads ?index=N&wait=60s&store=ID&changes&stream. Without an index,
+// and with index 0, nothing is waited for, but a stream goes on.
 func parseQuery(r *http.Request) (query, error) {
 	values := r.URL.Query()
-	q := query{store: values.Get("store"), named: values.Has("store"), changes: values.Has("changes"), wait: DefaultWait}
+	q := query{
+		store: values.Get("store"), named: values.Has("store"), changes: values.Has("changes"), stream: values.Has("stream"),
+		wait: DefaultWait,
+	}
 	var err error
 	if text := values.Get("index"); text != "" {
 		if q.index, err = strconv.ParseUint(text, 10, 64); err != nil {
@@ -200,7 +186,7 @@ func parseQuery(r *http.Request) (query, error) {
 		}
 	}
 	q.wait = min(q.wait, MaxWait)
-	if q.index == 0 {
+	if q.index == 0 && !q.stream {
 		q.wait = 0
 	}
 	return q, nil
@@ -209,15 +195,9 @@ func parseQuery(r *http.Request) (query, error) {
 // wait returns the state once it is due, or when the time is over. Those who
 // wait for the same are spread a little at the end.
 func (h *reads) wait(w http.ResponseWriter, r *http.Request, q query, due func(*state.State) bool) *state.State {
-	limit := q.wait
-	if limit > 0 {
-		limit += rand.N(limit/16 + 1) //nolint:gosec // spreads load
-	}
+	limit := q.limit()
 	// A server's own limit on an answer does not fit one that waits.
-	err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(limit + writeSlack))
-	if err != nil && !errors.Is(err, http.ErrNotSupported) {
-		h.log.Debug("set write deadline", zap.Error(err))
-	}
+	h.writeBy(http.NewResponseController(w), time.Now().Add(limit+writeSlack))
 	ctx, cancel := context.WithTimeout(r.Context(), limit)
 	defer cancel()
 	for {
@@ -230,6 +210,22 @@ func (h *reads) wait(w http.ResponseWriter, r *http.Request, q query, due func(*
 		case <-changed:
 		case <-ctx.Done():
 		}
+	}
+}
+
+// limit is how long is waited for a question: those who ask together do not come
+// back together.
+func (q query) limit() time.Duration {
+	if q.wait == 0 {
+		return 0
+	}
+	return q.wait + rand.N(q.wait/16+1) //nolint:gosec // spreads load
+}
+
+// writeBy sets when what is being written has to have gone, zero for no limit.
+func (h *reads) writeBy(w *http.ResponseController, at time.Time) {
+	if err := w.SetWriteDeadline(at); err != nil && !errors.Is(err, http.ErrNotSupported) {
+		h.log.Debug("set write deadline", zap.Error(err))
 	}
 }
 

@@ -3,6 +3,7 @@ package federation
 import (
 	"context"
 	"errors"
+	"io"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -14,11 +15,14 @@ import (
 )
 
 const (
-	// compareEvery is how often all records are compared with the primary's.
+	// compareEvery is how often all records are compared with the primary's: at
+	// the beginning of each stream. Where something changes at that very moment
+	// it is done at the next.
 	compareEvery = time.Minute
-	// applyEvery is how often changes are asked for at most. What happens in
-	// between comes together.
-	applyEvery = 250 * time.Millisecond
+	// askEvery is how often the primary is asked at most, and readEvery how
+	// often a message of its is read: it sends no more than one in streamEvery.
+	askEvery  = 250 * time.Millisecond
+	readEvery = streamEvery / 2
 	// retryFirst and retryMost are how long is waited after a question that
 	// came to nothing.
 	retryFirst = 200 * time.Millisecond
@@ -59,7 +63,7 @@ type Replica struct {
 	until       time.Time    // when before counts no more
 	shown       *state.State // what others see
 	changed     chan struct{}
-	contact     time.Time // of the last answer
+	contact     time.Time // of the last message
 	failure     string    // of the last question, "" if it was answered
 	warned      time.Time // when the log last told of a failure
 	told        bool      // since the last answer it has
@@ -72,7 +76,7 @@ var (
 
 // ReplicaStatus is how a replica stands to the primary.
 type ReplicaStatus struct {
-	Contact   time.Time // of the last answer, zero before the first
+	Contact   time.Time // of the last message, zero before the first
 	LastError string    // of the last question, "" if it was answered
 }
 
@@ -129,28 +133,17 @@ func (r *Replica) Run(ctx context.Context) error {
 	}()
 	defer func() { <-saved }()
 	retry := retryFirst
-	compare := time.Now() // what is on disk may have been changed there
 	for ctx.Err() == nil {
-		var err error
 		began := time.Now()
-		if until := time.Until(compare); until <= 0 {
-			var compared bool
-			if compared, err = r.compare(ctx); compared {
-				compare = time.Now().Add(jitter(compareEvery))
-			}
-		} else {
-			wait := min(until, DefaultWait)
-			if retry != retryFirst {
-				wait = 0 // that the primary is back shows at once, not at the next change
-			}
-			err = r.follow(ctx, wait)
-		}
-		r.note(ctx, err)
-		if err == nil {
+		read, err := r.follow(ctx, jitter(compareEvery))
+		if read > 0 {
 			retry = retryFirst
-			pause.For(ctx, jitter(applyEvery)-time.Since(began))
+		}
+		if err == nil {
+			pause.For(ctx, jitter(askEvery)-time.Since(began))
 			continue
 		}
+		r.note(ctx, err)
 		pause.For(ctx, jitter(retry))
 		retry = min(2*retry, retryMost)
 	}
@@ -184,83 +177,83 @@ func (r *Replica) note(ctx context.Context, err error) {
 	}
 }
 
-// follow waits for changes and applies them.
-func (r *Replica) follow(ctx context.Context, wait time.Duration) error {
-	r.mu.Lock()
-	s := r.pure
-	r.mu.Unlock()
-	got, err := r.o.Client.changes(ctx, s, wait)
-	if err == nil {
-		err = r.usable(s, got)
-	}
+// follow reads one stream, of about the length that is asked for, and applies what
+// comes. It tells how many messages it has taken.
+func (r *Replica) follow(ctx context.Context, wait time.Duration) (read int, err error) {
+	f, err := r.o.Client.stream(ctx, r.last(), wait)
 	if err != nil {
+		return 0, err
+	}
+	defer f.close()
+	for {
+		m, err := f.next()
+		if err == io.EOF { //nolint:errorlint // it is never wrapped here
+			return read, nil
+		}
+		if err == nil {
+			err = r.take(m)
+		}
+		if err != nil {
+			return read, err
+		}
+		read++
+		r.note(ctx, nil)
+		pause.For(ctx, readEvery)
+	}
+}
+
+// last is what the primary told last.
+func (r *Replica) last() *state.State {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.pure
+}
+
+// take applies a message.
+func (r *Replica) take(m message) error {
+	s := r.last()
+	if err := r.usable(s, m); err != nil {
 		return err
 	}
-	if got.store == s.Store() && (got.index < s.Index() || got.index == s.Index() && len(got.records) == 0) {
+	same := m.Store == s.Store() && m.Index == s.Index()
+	if m.Store == s.Store() && m.Index < s.Index() || same && !m.Full && len(m.Records) == 0 {
 		r.expire() // nothing new, or who answered has not caught up yet
 		return nil
 	}
-	r.apply(s, got)
+	if same && m.Full {
+		r.log.Warn("records differ from the primary's at one index: repaired", zap.Uint64("index", m.Index))
+		r.o.Metrics.repaired()
+	}
+	r.apply(s, m)
 	return nil
 }
 
 // usable tells why an answer cannot be taken. A sidecar of the primary that was
 // just started, or has not begun, answers as of no store: what is known here is
 // worth more.
-func (r *Replica) usable(s *state.State, got reading) error {
+func (r *Replica) usable(s *state.State, m message) error {
 	switch {
-	case got.store == "" && (s.Store() != "" || s.Len() > 0 && !r.provisional || got.index == 0):
+	case m.Store == "" && (s.Store() != "" || s.Len() > 0 && !r.provisional || m.Index == 0):
 		return errNoStore
-	case got.store != s.Store() && !got.full:
+	case m.Store != s.Store() && !m.Full:
 		return errWrongStore
 	}
 	return nil
 }
 
-// compare asks for whatever is not as it is here: changes that were lost on the
-// way, or on this side. It tells whether that could be compared; where there were
-// changes meanwhile it has taken them instead.
-func (r *Replica) compare(ctx context.Context) (bool, error) {
-	r.mu.Lock()
-	s := r.pure
-	r.mu.Unlock()
-	got, err := r.o.Client.compare(ctx, s)
-	if err != nil {
-		return false, err
-	}
-	if got.same && got.store != s.Store() {
-		got.full, got.records = true, s.All() // the same records, in another store
-	}
-	if err := r.usable(s, got); err != nil {
-		return false, err
-	}
-	switch {
-	case got.same && got.store == s.Store():
-		r.expire()
-		return true, nil
-	case got.store == s.Store() && got.index == s.Index() && got.full:
-		r.log.Warn("records differ from the primary's at one index: repaired", zap.Uint64("index", got.index))
-		r.o.Metrics.repaired()
-	case got.store == s.Store() && (got.index < s.Index() || got.index == s.Index() && len(got.records) == 0):
-		return false, nil // who answered has not caught up yet
-	}
-	r.apply(s, got)
-	return got.full, nil
-}
-
 // apply makes what was read the state.
-func (r *Replica) apply(s *state.State, got reading) {
-	next, err := s.With(got.store, got.index, got.records, got.full)
+func (r *Replica) apply(s *state.State, m message) {
+	next, err := s.With(m.Store, m.Index, m.Records, m.Full)
 	if err != nil {
 		r.log.Warn("records of the primary that cannot be used are left out", zap.Error(err))
 	}
 	r.mu.Lock()
-	if got.store != s.Store() && s.Len() > 0 && !r.provisional {
+	if m.Store != s.Store() && s.Len() > 0 && !r.provisional {
 		r.before, r.until = r.shown, time.Now().Add(holdOver)
 		r.log.Warn("primary has another store: what only the old one had is kept for a while",
-			zap.String("old", s.Store()), zap.String("new", got.store), zap.Duration("kept", holdOver))
+			zap.String("old", s.Store()), zap.String("new", m.Store), zap.Duration("kept", holdOver))
 	}
-	r.pure, r.provisional = next, got.store == ""
+	r.pure, r.provisional = next, m.Store == ""
 	r.mu.Unlock()
 	r.show()
 }

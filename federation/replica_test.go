@@ -2,6 +2,7 @@ package federation
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"path/filepath"
 	"slices"
@@ -96,7 +97,7 @@ func mark(h state.Health) string {
 // want waits for as long as changes may wait for each other.
 func (x *following) want(want string) {
 	x.t.Helper()
-	time.Sleep(applyEvery * 11 / 10)
+	time.Sleep(streamEvery * 11 / 10)
 	synctest.Wait()
 	if got := known(x.replica.State()); got != want {
 		x.t.Errorf("the replica knows %q, want %q", got, want)
@@ -139,6 +140,7 @@ func TestReplicaFollows(t *testing.T) {
 func TestReplicaRate(t *testing.T) {
 	follows(t, stateOf(t, "S", bob()), func(t *testing.T, x *following) {
 		time.Sleep(time.Second)
+		read := testutil.ToFloat64(x.metrics.reads.WithLabelValues("ok"))
 		x.asked.Store(0)
 		for i := range 100 {
 			next := *bob().Server
@@ -146,9 +148,9 @@ func TestReplicaRate(t *testing.T) {
 			x.store.do(t, state.Command{Register: &state.Registration{Datacenter: "dc2", Server: &next}})
 			time.Sleep(10 * time.Millisecond)
 		}
-		time.Sleep(applyEvery * 11 / 10)
-		if n := x.asked.Load(); n < 4 || n > 7 {
-			t.Errorf("asked %d times in a second", n)
+		time.Sleep(streamEvery * 11 / 10)
+		if n := testutil.ToFloat64(x.metrics.reads.WithLabelValues("ok")) - read; n < 4 || n > 6 || x.asked.Load() > 1 {
+			t.Errorf("%v messages in a second, by %d questions", n, x.asked.Load())
 		}
 		if x.replica.State().Index() != x.store.State().Index() {
 			t.Errorf("it has %d of %d", x.replica.State().Index(), x.store.State().Index())
@@ -338,35 +340,45 @@ func TestWrongAnswers(t *testing.T) {
 		fake := newFakeStore(stateOf(t, "S", alice(), bob()))
 		api := NewAPI(fake, APIOptions{Datacenter: "dc1", Domain: "consul"})
 		var wrong atomic.Pointer[http.HandlerFunc]
+		x := &following{w: w, t: t}
 		w.add("alice", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if h := wrong.Load(); h != nil && r.URL.Query().Has("changes") {
+			if h := wrong.Load(); h != nil && r.URL.Query().Has("stream") {
+				x.asked.Add(1)
 				(*h)(w, r)
 				return
 			}
 			api.ServeHTTP(w, r)
 		}))
-		x := &following{w: w, t: t}
 		x.start()
 		defer func() { x.stop() }()
 		x.want("dc1/alice dc2/bob")
-		header := func(id, index, full string) http.Header {
-			return http.Header{StoreHeader: {id}, IndexHeader: {index}, FullHeader: {full}}
-		}
+		good := fmt.Sprintf(`{"store":"S","index":99,"full":true,"records":%s}`, all)
 		for name, h := range map[string]http.HandlerFunc{
-			"no headers":        answers(200, nil, "[]"),
-			"null":              answers(200, nil, "null"),
-			"an older index":    answers(200, header("S", "1", "false"), all),
-			"no index":          answers(200, http.Header{StoreHeader: {"S"}}, all),
-			"garbage":           answers(200, header("S", "99", "false"), "<html>"),
-			"an object":         answers(200, header("S", "99", "false"), "{}"),
-			"an error":          answers(500, header("S", "99", "true"), all),
-			"a redirect":        answers(307, header("S", "99", "true"), all),
-			"changes of others": answers(200, header("T", "99", "false"), all),
+			"nothing":             answersStream(""),
+			"an empty line":       answersStream("\n"),
+			"null":                answersStream("null\n"),
+			"no keys":             answersStream("{}\n"),
+			"other types":         answersStream(`{"store":1,"index":"99","full":true,"records":{}}` + "\n"),
+			"an older index":      answersStream(`{"store":"S","index":1,"full":false,"records":` + all + "}\n"),
+			"all of an older one": answersStream(`{"store":"S","index":1,"full":true,"records":` + all + "}\n"),
+			"no index":            answersStream(`{"store":"S","full":false,"records":` + all + "}\n"),
+			"garbage":             answersStream("<html>\n"),
+			"an array":            answersStream(all + "\n"),
+			"half a message":      answersStream(good[:len(good)-2] + "\n"),
+			"one without an end":  answersStream(good),
+			"no stream":           answers(200, nil, good+"\n"),
+			"an error":            answers(500, http.Header{"Content-Type": {streamType}}, good+"\n"),
+			"not modified":        answers(304, http.Header{"Content-Type": {streamType}}, ""),
+			"a redirect":          answers(307, http.Header{"Content-Type": {streamType}}, good+"\n"),
+			"changes of others":   answersStream(`{"store":"T","index":99,"full":false,"records":` + all + "}\n"),
 		} {
 			wrong.Store(&h)
 			w.cut("alice")
 			time.Sleep(10 * time.Second)
 			x.want("dc1/alice dc2/bob")
+			if n := x.asked.Swap(0); n > 50 {
+				t.Errorf("%s: asked %d times in 10 s", name, n)
+			}
 			if x.replica.State().Store() != "S" {
 				t.Errorf("%s: of %q", name, x.replica.State().Store())
 			}
@@ -377,12 +389,17 @@ func TestWrongAnswers(t *testing.T) {
 	})
 }
 
+// answersStream serves a stream, right or wrong.
+func answersStream(body string) http.HandlerFunc {
+	return answers(200, http.Header{"Content-Type": {streamType}}, body)
+}
+
 // Records that are not possible are left out, one by one, and told.
 func TestImpossibleRecords(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		good := string(stateOf(t, "S", bob()).All()[0])
 		bad := strings.Replace(strings.ReplaceAll(good, `"dc2"`, `"dc3"`), "127.77.2.1", "0.0.0.0", 1)
-		w.add("alice", answers(200, http.Header{StoreHeader: {"S"}, IndexHeader: {"7"}, FullHeader: {"true"}}, "["+good+","+bad+"]"))
+		w.add("alice", answersStream(`{"store":"S","index":7,"full":true,"records":[`+good+","+bad+"]}\n"))
 		x := &following{w: w, t: t}
 		x.start()
 		x.want("dc2/bob")

@@ -23,7 +23,7 @@ func (s *State) Admit(reg *Registration, at time.Time) error {
 		return nil
 	}
 	for _, k := range s.claimants(reg) {
-		holder, _ := s.entries[k.Datacenter].Server(k.Name)
+		holder, _ := s.entry(k.Datacenter).Server(k.Name)
 		if !givesWay(holder.Health, holder.Since, at) {
 			return &ConflictError{ConflictAddress, key, k, fmt.Sprintf(
 				"%s advertises %s, which is the address of %s (its sidecar is at %s): every server needs an address of its own",
@@ -38,7 +38,7 @@ func givesWay(h Health, since, at time.Time) bool {
 }
 
 func (s *State) admitName(reg *Registration, key Key, p *Process, at time.Time) error {
-	e := s.entries[reg.Datacenter]
+	e := s.entry(reg.Datacenter)
 	if e == nil {
 		return nil
 	}
@@ -81,13 +81,16 @@ func (s *State) admitName(reg *Registration, key Key, p *Process, at time.Time) 
 // its.
 func (s *State) claimants(reg *Registration) []Key {
 	var out []Key
-	for _, dc := range s.order {
-		for i := range s.entries[dc].Servers {
-			held := &s.entries[dc].Servers[i]
+	for _, e := range s.entries {
+		if !e.addresses.mayHave(reg.Server.Advertise) {
+			continue
+		}
+		for i := range e.Servers {
+			held := &e.Servers[i]
 			if held.Advertise != reg.Server.Advertise || !overlap(held.Services, reg.Server.Services) {
 				continue
 			}
-			if k := (Key{dc, KindServer, held.Node}); k != reg.Key() {
+			if k := (Key{e.Datacenter, KindServer, held.Node}); k != reg.Key() {
 				out = append(out, k)
 			}
 		}

@@ -125,14 +125,14 @@ func (s *State) register(index uint64, reg *Registration, at time.Time) (*State,
 	if err := reg.Check(); err != nil {
 		return s, err
 	}
-	if s.Has(reg) { // most are renewals, and Admit looks at all servers
+	if s.Has(reg) { // most are renewals, and Admit looks at all records
 		return s, nil
 	}
 	if err := s.Admit(reg, at); err != nil {
 		return s, err
 	}
 	r := s.edit(reg.Datacenter)
-	if s.entries[reg.Datacenter] == nil && len(s.entries) >= MaxDatacenters {
+	if s.entry(reg.Datacenter) == nil && len(s.entries) >= MaxDatacenters {
 		return s, fmt.Errorf("%w: %d datacenters", ErrFull, MaxDatacenters)
 	}
 	if reg.Server != nil {
@@ -162,7 +162,7 @@ func (s *State) register(index uint64, reg *Registration, at time.Time) (*State,
 // Has tells whether the entry is there as it is registered, and passing: there
 // is nothing to change.
 func (s *State) Has(reg *Registration) bool {
-	e := s.entries[reg.Datacenter]
+	e := s.entry(reg.Datacenter)
 	if e == nil {
 		return false
 	}

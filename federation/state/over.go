@@ -1,7 +1,6 @@
 package state
 
 import (
-	"maps"
 	"net/netip"
 	"slices"
 )
@@ -13,11 +12,11 @@ func (s *State) Over(old *State) *State {
 	next := s.next(s.index)
 	next.store = ""
 	for _, was := range old.Records() {
-		if next.entries[was.Datacenter] == nil && len(next.entries) >= MaxDatacenters {
+		if next.entry(was.Datacenter) == nil && len(next.entries) >= MaxDatacenters {
 			continue
 		}
 		r := next.edit(was.Datacenter)
-		if next.entries[was.Datacenter] == nil {
+		if next.entry(was.Datacenter) == nil {
 			r.UpdatedAt = was.UpdatedAt
 		}
 		for _, sv := range was.Servers {
@@ -31,10 +30,9 @@ func (s *State) Over(old *State) *State {
 			}
 		}
 		if len(r.Servers) <= MaxServers && len(r.Gateways) <= MaxGateways {
-			next.entries[r.Datacenter] = &entry{Record: *r, raw: r.encode()}
+			next.set(newEntry(r, r.encode()))
 		}
 	}
-	next.order = slices.Sorted(maps.Keys(next.entries))
 	return next
 }
 
@@ -65,11 +63,10 @@ func (s *State) Without(other *State) *State {
 		})
 		switch {
 		case len(r.Servers)+len(r.Gateways) == 0:
-			delete(next.entries, r.Datacenter)
+			next.unset(r.Datacenter)
 		case len(r.Servers)+len(r.Gateways) < len(was.Servers)+len(was.Gateways):
-			next.entries[r.Datacenter] = &entry{Record: r, raw: r.encode()}
+			next.set(newEntry(&r, r.encode()))
 		}
 	}
-	next.order = slices.Sorted(maps.Keys(next.entries))
 	return next
 }

@@ -42,7 +42,14 @@ func TestSameCommandsSameBytes(t *testing.T) {
 func sane(t *testing.T, s *State) {
 	t.Helper()
 	holders := make(map[string]Key)
+	count := make(map[Kind]map[Health]int)
+	for _, k := range []Kind{KindServer, KindGateway} {
+		count[k] = make(map[Health]int)
+	}
 	for _, r := range s.Records() {
+		for _, g := range r.Gateways {
+			count[KindGateway][g.Health]++
+		}
 		if err := r.Check(); err != nil {
 			t.Fatalf("record of %s: %v", r.Datacenter, err)
 		}
@@ -55,7 +62,21 @@ func sane(t *testing.T, s *State) {
 				t.Fatalf("%s and %s have one address", other, k)
 			}
 			holders[sv.Advertise.String()] = k
+			count[KindServer][sv.Health]++
+			if !s.entry(r.Datacenter).addresses.mayHave(sv.Advertise) {
+				t.Fatalf("the address of %s is not found", k)
+			}
 		}
+	}
+	for k, by := range count {
+		for _, h := range []Health{Passing, Critical} {
+			if by[h] != s.Count(k, h) {
+				t.Fatalf("%d %s are %s, and %d are counted", by[h], k, h, s.Count(k, h))
+			}
+		}
+	}
+	if !slices.IsSortedFunc(s.entries, func(a, b *entry) int { return strictly(a.Datacenter, b.Datacenter) }) {
+		t.Fatal("the records are in disorder")
 	}
 }
 
@@ -99,6 +120,7 @@ func follow(t *testing.T, leader, reader *State) *State {
 		t.Fatal(err)
 	}
 	before := dumped(t, reader)
+	defer sane(t, reader)
 	next, err := reader.With(leader.Store(), leader.Index(), got, full)
 	if err != nil {
 		t.Fatal(err)

@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -20,21 +19,14 @@ const maxGone = 256
 type State struct {
 	store   string // names the store that it comes from; "" before there is one
 	index   uint64
-	entries map[string]*entry // by datacenter
-	gone    []gone            // the last that went, in order
-	missing uint64            // what went up to this index is not in gone any more
+	entries []*entry // in the order of datacenters
+	count   tally    // of what is in entries
+	gone    []gone   // the last that went, in order
+	missing uint64   // what went up to this index is not in gone any more
 	left    map[Key]Departure
 
-	order []string // of the datacenters
-	once  sync.Once
-	hash  string
-}
-
-// An entry is a record with its one form in JSON, which is made once however
-// many ask for it.
-type entry struct {
-	Record
-	raw json.RawMessage
+	once sync.Once
+	hash string
 }
 
 type gone struct {
@@ -66,16 +58,16 @@ func (s *State) Len() int { return len(s.entries) }
 // Records returns all records in the order of datacenters. They must not be
 // changed.
 func (s *State) Records() []*Record {
-	out := make([]*Record, len(s.order))
-	for i, dc := range s.order {
-		out[i] = &s.entries[dc].Record
+	out := make([]*Record, len(s.entries))
+	for i, e := range s.entries {
+		out[i] = &e.Record
 	}
 	return out
 }
 
 // Record finds a datacenter's record, nil if there is none. It must not be changed.
 func (s *State) Record(datacenter string) *Record {
-	if e := s.entries[datacenter]; e != nil {
+	if e := s.entry(datacenter); e != nil {
 		return &e.Record
 	}
 	return nil
@@ -83,11 +75,14 @@ func (s *State) Record(datacenter string) *Record {
 
 // Raw is Record in JSON, nil if there is none.
 func (s *State) Raw(datacenter string) json.RawMessage {
-	if e := s.entries[datacenter]; e != nil {
+	if e := s.entry(datacenter); e != nil {
 		return e.raw
 	}
 	return nil
 }
+
+// Count is the number of entries of a kind that have a health.
+func (s *State) Count(k Kind, h Health) int { return *s.count.of(k, h) }
 
 // Left tells whether an entry was taken away from a process.
 func (s *State) Left(k Key, start string) bool {
@@ -105,8 +100,8 @@ func (s *State) Departed(k Key) bool {
 func (s *State) Hash() string {
 	s.once.Do(func() {
 		h := sha256.New()
-		for _, dc := range s.order {
-			h.Write(s.entries[dc].raw)
+		for _, e := range s.entries {
+			h.Write(e.raw)
 		}
 		s.hash = hex.EncodeToString(h.Sum(nil)[:16])
 	})
@@ -115,9 +110,9 @@ func (s *State) Hash() string {
 
 // All returns all records in JSON, in the order of datacenters.
 func (s *State) All() []json.RawMessage {
-	out := make([]json.RawMessage, len(s.order))
-	for i, dc := range s.order {
-		out[i] = s.entries[dc].raw
+	out := make([]json.RawMessage, len(s.entries))
+	for i, e := range s.entries {
+		out[i] = e.raw
 	}
 	return out
 }
@@ -129,13 +124,13 @@ func (s *State) Changes(store string, since uint64) (changes []json.RawMessage, 
 	if store != s.store || since < s.missing {
 		return s.All(), true
 	}
-	for _, dc := range s.order {
-		if e := s.entries[dc]; e.Index > since {
+	for _, e := range s.entries {
+		if e.Index > since {
 			changes = append(changes, e.raw)
 		}
 	}
 	for _, g := range s.gone {
-		if g.Index > since && s.entries[g.Datacenter] == nil {
+		if g.Index > since && s.entry(g.Datacenter) == nil {
 			removed := Record{Datacenter: g.Datacenter, Index: g.Index, UpdatedAt: g.At, Removed: true}
 			changes = append(changes, removed.encode())
 		}
@@ -151,50 +146,33 @@ func (s *State) With(store string, index uint64, records []json.RawMessage, full
 	next.store = store
 	next.gone, next.missing = nil, index // it was not there to see what went
 	if full {
-		next.entries = make(map[string]*entry, len(records))
+		next.entries, next.count = nil, tally{}
 	}
 	var faults []error
 	for _, raw := range records {
-		e := &entry{raw: slices.Clone(raw)}
-		err := json.Unmarshal(raw, &e.Record)
+		var r Record
+		err := json.Unmarshal(raw, &r)
 		if err == nil {
-			err = e.Check()
+			err = r.Check()
 		}
 		switch {
 		case err != nil:
-			faults = append(faults, fmt.Errorf("record of datacenter %q: %w", e.Datacenter, err))
-			if old := s.entries[e.Datacenter]; old != nil {
-				next.entries[e.Datacenter] = old
+			faults = append(faults, fmt.Errorf("record of datacenter %q: %w", r.Datacenter, err))
+			if old := s.entry(r.Datacenter); old != nil {
+				next.set(old)
 			}
-		case e.Removed:
-			delete(next.entries, e.Datacenter)
-		case len(next.entries) >= MaxDatacenters && next.entries[e.Datacenter] == nil:
-			faults = append(faults, fmt.Errorf("record of datacenter %q: more than %d of them", e.Datacenter, MaxDatacenters))
+		case r.Removed:
+			next.unset(r.Datacenter)
+		case len(next.entries) >= MaxDatacenters && next.entry(r.Datacenter) == nil:
+			faults = append(faults, fmt.Errorf("record of datacenter %q: more than %d of them", r.Datacenter, MaxDatacenters))
 		default:
-			next.entries[e.Datacenter] = e
+			next.set(newEntry(&r, slices.Clone(raw)))
 		}
-	}
-	if !next.ordered() {
-		next.order = slices.Sorted(maps.Keys(next.entries))
 	}
 	if len(faults) > 0 {
 		return next, Faults(faults)
 	}
 	return next, nil
-}
-
-// ordered tells whether the order is that of the entries: most changes are of
-// records that were there before.
-func (s *State) ordered() bool {
-	if len(s.order) != len(s.entries) {
-		return false
-	}
-	for _, dc := range s.order {
-		if s.entries[dc] == nil {
-			return false
-		}
-	}
-	return true
 }
 
 // Faults are records that were left out.
@@ -212,38 +190,32 @@ func (f Faults) Unwrap() []error { return f }
 
 // next is a copy that is to be changed. What is shared with s is never written.
 func (s *State) next(index uint64) *State {
-	n := &State{store: s.store, index: index, entries: maps.Clone(s.entries), gone: s.gone, missing: s.missing, left: s.left, order: s.order}
-	if n.entries == nil {
-		n.entries = make(map[string]*entry)
+	return &State{
+		store: s.store, index: index, entries: slices.Clone(s.entries), count: s.count,
+		gone: s.gone, missing: s.missing, left: s.left,
 	}
-	return n
 }
 
 // put makes r a record, or takes it away if nothing is left in it.
 func (s *State) put(r *Record, at time.Time) {
 	r.Index, r.UpdatedAt = s.index, at
-	i, known := slices.BinarySearch(s.order, r.Datacenter)
-	if len(r.Servers) == 0 && len(r.Gateways) == 0 {
-		if known {
-			delete(s.entries, r.Datacenter)
-			s.order = slices.Delete(slices.Clone(s.order), i, i+1)
-			s.gone = append(slices.Clone(s.gone), gone{r.Datacenter, s.index, at})
-			if len(s.gone) > maxGone {
-				s.missing, s.gone = s.gone[0].Index, s.gone[1:]
-			}
-		}
+	if len(r.Servers)+len(r.Gateways) > 0 {
+		s.set(newEntry(r, r.encode()))
 		return
 	}
-	s.entries[r.Datacenter] = &entry{Record: *r, raw: r.encode()}
-	if !known {
-		s.order = slices.Insert(slices.Clone(s.order), i, r.Datacenter)
+	if !s.unset(r.Datacenter) {
+		return
+	}
+	s.gone = append(slices.Clone(s.gone), gone{r.Datacenter, s.index, at})
+	if len(s.gone) > maxGone {
+		s.missing, s.gone = s.gone[0].Index, s.gone[1:]
 	}
 }
 
 // edit is a copy of a record that is to be changed and put; an empty one where
 // there is none.
 func (s *State) edit(datacenter string) *Record {
-	e := s.entries[datacenter]
+	e := s.entry(datacenter)
 	if e == nil {
 		return &Record{Datacenter: datacenter}
 	}

@@ -34,6 +34,12 @@ const (
 	MaxHeaderBytes = 32 << 10
 )
 
+// headerTable is the size of the table of headers that were sent before, in
+// bytes: room for none. Few requests go over one connection, and both ends would
+// keep 4 KiB for each direction. It bounds what is sent, not what is taken: a
+// client may use the usual table before it has heard of a smaller one.
+const headerTable = 1
+
 // protocol is what must have been negotiated.
 const protocol = "h2"
 
@@ -45,5 +51,8 @@ func only() *http.Protocols {
 }
 
 func config() *http.HTTP2Config {
-	return &http.HTTP2Config{SendPingTimeout: PingAfter, PingTimeout: PingTimeout, WriteByteTimeout: WriteTimeout}
+	return &http.HTTP2Config{
+		SendPingTimeout: PingAfter, PingTimeout: PingTimeout, WriteByteTimeout: WriteTimeout,
+		MaxEncoderHeaderTableSize: headerTable,
+	}
 }

@@ -87,10 +87,9 @@ func (s *Server) ServeConn(ctx context.Context, c *tls.Conn) {
 	// One server a connection: net/http's tells all of its connections to go or
 	// none, and these come and go by themselves.
 	var requests tally
-	ln := newListener(c)
+	ln := &listener{conn: c, ended: make(chan struct{})}
 	srv := s.server(ctx, ln, &requests)
-	var wg sync.WaitGroup
-	wg.Go(func() { ln.serve(srv) })
+	_ = srv.Serve(ln) // it goes on by itself; the error says that there is no other connection
 	select {
 	case <-ln.ended:
 	case <-ctx.Done():
@@ -99,7 +98,6 @@ func (s *Server) ServeConn(ctx context.Context, c *tls.Conn) {
 		cancel()
 		s.dismiss(ctx, srv, ln)
 	}
-	wg.Wait()
 	requests.close()
 }
 
@@ -169,47 +167,26 @@ func (s *Server) Close() {
 }
 
 // A listener is net/http's view of one connection: it is accepted once, and then
-// there is none until it has ended or the server is told to go.
+// there is none.
 type listener struct {
 	conn     *tls.Conn
-	accepted bool // touched by the goroutine of serve alone
+	accepted bool // touched by the goroutine of Serve alone
 
-	closeOnce, endOnce sync.Once
-	closed             chan struct{} // by Close
-	ended              chan struct{} // net/http has done with the connection
+	endOnce sync.Once
+	ended   chan struct{} // net/http has done with the connection
 }
 
-func newListener(c *tls.Conn) *listener {
-	return &listener{conn: c, closed: make(chan struct{}), ended: make(chan struct{})}
-}
-
-// serve returns when nothing more is accepted.
-func (l *listener) serve(srv *http.Server) {
-	_ = srv.Serve(l) // the error says that it was closed
-	if !l.accepted { // by a server that was told to go before
-		_ = l.conn.NetConn().Close()
-		l.end()
-	}
-}
-
-// Accept returns the connection, and at the next call waits for the end.
+// Accept returns the connection, and no other.
 func (l *listener) Accept() (net.Conn, error) {
-	if !l.accepted {
-		l.accepted = true
-		return l.conn, nil
+	if l.accepted {
+		return nil, net.ErrClosed
 	}
-	select {
-	case <-l.ended:
-	case <-l.closed:
-	}
-	return nil, net.ErrClosed
+	l.accepted = true
+	return l.conn, nil
 }
 
-// Close ends a waiting Accept, and nothing else.
-func (l *listener) Close() error {
-	l.closeOnce.Do(func() { close(l.closed) })
-	return nil
-}
+// Close does nothing: nobody waits in Accept.
+func (l *listener) Close() error { return nil }
 
 // Addr is the address that the connection was accepted on.
 func (l *listener) Addr() net.Addr { return l.conn.LocalAddr() }

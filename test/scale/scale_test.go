@@ -3,20 +3,16 @@
 package scale
 
 import (
-	"bufio"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -30,7 +26,6 @@ import (
 	"culvert/federation/state"
 	"culvert/federation/store"
 	"culvert/internal/h2"
-	"culvert/internal/pause"
 	"culvert/internal/testpki"
 	"culvert/sniff"
 )
@@ -39,97 +34,9 @@ const (
 	datacenters = 300
 	servers     = 10 // of each
 	gateways    = 2  // of each
-	watchers    = 3000
+	followers   = 3000
+	replicas    = 100 // of the followers, in full
 )
-
-// followers, set in a process that this one starts, makes that one follow the
-// store at an address.
-const followers = "CULVERT_SCALE_FOLLOW"
-
-func TestMain(m *testing.M) {
-	if address := os.Getenv(followers); address != "" {
-		if err := follow(address); err != nil {
-			_, _ = fmt.Fprintln(os.Stderr, err) // and who started it sees it end
-		}
-		return
-	}
-	m.Run()
-}
-
-// follow runs the watchers, each as a process of its own would: with a
-// connection, a replica and all the records. It prints the index that all of them
-// have reached, each time that it grows.
-func follow(address string) error {
-	files := strings.Split(os.Getenv("CULVERT_SCALE_FILES"), ":")
-	source, err := certs.Load(certs.Options{CAFile: files[0], CertFile: files[1], KeyFile: files[2], Domain: "consul"})
-	if err != nil {
-		return err
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	defer stop()
-	go func() { // until the parent closes the pipe
-		_, _ = bufio.NewReader(os.Stdin).ReadByte()
-		stop()
-	}()
-	var all []*federation.Replica
-	var wg sync.WaitGroup
-	dialing := make(chan struct{}, 16)
-	var known *state.State
-	for range watchers {
-		transport := h2.NewTransport(func(ctx context.Context, to string) (*tls.Conn, error) {
-			dialing <- struct{}{}
-			defer func() { <-dialing }()
-			name, _, err := net.SplitHostPort(to)
-			if err != nil {
-				return nil, err
-			}
-			d := tls.Dialer{Config: source.ClientConfig(name, []string{alpn.HTTP})}
-			c, err := d.DialContext(ctx, "tcp", address)
-			if err != nil {
-				return nil, err
-			}
-			return c.(*tls.Conn), nil //nolint:forcetypeassert // of a tls.Dialer
-		}, h2.TransportOptions{DialTimeout: 5 * time.Minute})
-		r := federation.NewReplica(federation.ReplicaOptions{
-			Client: federation.NewClient(federation.ClientOptions{Primary: "dc1", Domain: "consul", Transport: transport}),
-			Known:  known,
-		})
-		all = append(all, r)
-		changed := r.Changed()
-		wg.Go(func() { _ = r.Run(ctx) })
-		if known == nil { // the others share the first one's records: all of them 3,000 times are too much for one host
-			<-changed
-			known = r.State()
-		}
-	}
-	for _, r := range all { // nothing is to change before they all follow
-		for r.Status().Contact.IsZero() {
-			if !pause.For(ctx, 10*time.Millisecond) {
-				return ctx.Err()
-			}
-		}
-	}
-	for reached := uint64(0); ; {
-		lowest := all[0]
-		for _, r := range all {
-			if r.State().Index() < lowest.State().Index() {
-				lowest = r
-			}
-		}
-		changed := lowest.Changed()
-		if index := lowest.State().Index(); index > reached {
-			reached = index
-			_, _ = fmt.Fprintf(os.Stdout, "%d %d\n", index, time.Now().UnixNano()) // its reader ends it
-			continue
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			wg.Wait()
-			return nil
-		}
-	}
-}
 
 // fill registers everything that there is.
 func fill(b *testing.B, s *store.Store) {
@@ -139,9 +46,7 @@ func fill(b *testing.B, s *store.Store) {
 	for range 64 {
 		wg.Go(func() {
 			for r := range work {
-				if _, err := s.Register(b.Context(), r); err != nil {
-					b.Errorf("register %s: %v", r.Key(), err)
-				}
+				register(b, s, r)
 			}
 		})
 	}
@@ -159,6 +64,23 @@ func fill(b *testing.B, s *store.Store) {
 	}
 	close(work)
 	wg.Wait()
+}
+
+// register registers once the store takes it: who leads it is known a moment
+// before.
+func register(b *testing.B, s *store.Store, r state.Registration) {
+	b.Helper()
+	for {
+		_, err := s.Register(b.Context(), r)
+		if err == nil {
+			return
+		}
+		if _, early := errors.AsType[*store.NotLeaderError](err); !early || b.Context().Err() != nil {
+			b.Errorf("register %s: %v", r.Key(), err)
+			return
+		}
+		<-time.After(10 * time.Millisecond)
+	}
 }
 
 func registration(d, i int, version string) state.Registration {
@@ -212,7 +134,8 @@ func open(b *testing.B, dir string) (s *store.Store, end func()) {
 // BenchmarkScale tells what a store of 300 datacenters of ten servers and two
 // gateways costs, and what one change costs with 3,000 processes following. An
 // operation is one change, from the registration until the last of them has it.
-// They run in a process of their own, on the same processors.
+// They run in a process of their own, on the same processors. 100 of them are whole
+// replicas, the others look at nothing but the index of what they are sent.
 func BenchmarkScale(b *testing.B) {
 	ca := testpki.New(b, "consul")
 	caFile, certFile, keyFile := ca.WriteFiles(b, b.TempDir(), ca.Leaf(b, testpki.Server("dc1", "server-1")))
@@ -235,34 +158,51 @@ func BenchmarkScale(b *testing.B) {
 	kept := heap() - empty
 	address, shut := serve(b, s, source)
 	defer shut()
-	before := heap()
-	lines, quit := watch(b, address, caFile, certFile, keyFile)
+	before, resident := heap(), rss(b)
+	reports, quit := watch(b, address, caFile, certFile, keyFile)
 	defer quit()
-	await(b, lines, s.State().Index())
-	following := heap() - before
+	first := await(b, reports, s.State().Index())
 
 	var slowest, total time.Duration
-	version, used := 0, processor()
+	version, used, last := 0, processor(), first
 	for b.Loop() {
 		version++
 		began := time.Now()
-		if _, err := s.Register(b.Context(), registration(version%datacenters, 0, strconv.Itoa(version))); err != nil {
-			b.Fatal(err)
-		}
-		took := await(b, lines, s.State().Index()).Sub(began)
+		register(b, s, registration(version%datacenters, 0, strconv.Itoa(version)))
+		last = await(b, reports, s.State().Index())
+		took := last.at.Sub(began)
 		total += took
 		slowest = max(slowest, took)
 		<-time.After(500 * time.Millisecond) // changes that come in a burst travel together
 	}
 	used = processor() - used
+	resident = rss(b) - resident // first, as heap gives nothing back
+	following := heap() - before // now that each of them has been sent something
+	per := func(d time.Duration) float64 { return float64(d.Milliseconds()) / float64(version) }
 	b.ReportMetric(0, "ns/op")
-	b.ReportMetric(float64(used.Milliseconds())/float64(version), "cpu-ms/change")
-	b.ReportMetric(float64(total.Milliseconds())/float64(version), "ms/change")
+	b.ReportMetric(per(total), "ms/change")
 	b.ReportMetric(float64(slowest.Milliseconds()), "ms/slowest-change")
+	b.ReportMetric(per(used), "cpu-ms/change")
+	b.ReportMetric(per(last.processor-first.processor), "followers-cpu-ms/change")
 	b.ReportMetric(float64(started.Milliseconds()), "ms/start")
 	b.ReportMetric(kept, "MiB/store")
 	b.ReportMetric(following, "MiB/followers")
+	b.ReportMetric(resident, "MiB/followers-rss")
 	b.ReportMetric(size(b, dir), "MiB/disk")
+}
+
+// rss is what this process has in memory, free heap and all, in MiB.
+func rss(b *testing.B) float64 {
+	b.Helper()
+	statm, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return 0 // not on Linux
+	}
+	var size, pages int
+	if _, err := fmt.Sscan(string(statm), &size, &pages); err != nil {
+		b.Fatal(err)
+	}
+	return float64(pages*os.Getpagesize()) / (1 << 20)
 }
 
 // heap is what is in use, in MiB.
@@ -340,64 +280,5 @@ func serve(b *testing.B, s *store.Store, source *certs.Source) (address string, 
 		stop()
 		wg.Wait()
 		api.Close()
-	}
-}
-
-// watch starts the followers, and returns what they print.
-func watch(b *testing.B, address string, files ...string) (lines <-chan string, quit func()) {
-	b.Helper()
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), followers+"="+address, "CULVERT_SCALE_FILES="+strings.Join(files, ":"))
-	cmd.Stderr = os.Stderr
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	out := make(chan string, 64)
-	go func() {
-		defer close(out)
-		for in := bufio.NewScanner(stdout); in.Scan(); {
-			out <- in.Text()
-		}
-	}()
-	return out, func() {
-		_ = stdin.Close()
-		for range out { // until it has ended
-		}
-		if err := cmd.Wait(); err != nil {
-			b.Error(err)
-		}
-	}
-}
-
-// await returns when all followers had an index, by the clock of their process,
-// which is this one's.
-func await(b *testing.B, lines <-chan string, index uint64) time.Time {
-	b.Helper()
-	for {
-		select {
-		case line, ok := <-lines:
-			if !ok {
-				b.Fatal("the followers have ended")
-			}
-			at, when, _ := strings.Cut(line, " ")
-			reached, err := strconv.ParseUint(at, 10, 64)
-			nanos, errWhen := strconv.ParseInt(when, 10, 64)
-			if err != nil || errWhen != nil {
-				b.Fatalf("the followers say %q", line)
-			}
-			if reached >= index {
-				return time.Unix(0, nanos)
-			}
-		case <-time.After(5 * time.Minute):
-			b.Fatalf("the followers have not reached index %d", index)
-		}
 	}
 }
