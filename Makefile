@@ -39,7 +39,7 @@ test: e2e-tools serf race-note root-note ## Every test, end-to-end tests include
 # Not part of the check: to build Consul and Nomad takes some ten minutes on two
 # cores, and their tests as long again.
 .PHONY: interop
-interop: build e2e-tools gateways servers ## Real Consul, Nomad and Alertmanager behind sidecars, HAProxy and nginx as gateways (root; half an hour the first time)
+interop: build e2e-tools gateways servers wanfed ## Real Consul, Nomad and Alertmanager behind sidecars, HAProxy and nginx as gateways (root; half an hour the first time)
 	@CULVERT_INTEROP=require CULVERT_E2E=require $(GO) test -count=1 -timeout 60m -v $(RUNFLAGS) ./test/interop | grep -vE '^(=== |\{)'
 
 .PHONY: servers
@@ -111,6 +111,10 @@ bench: ## Benchmarks of the hot paths (BENCHTIME=1s)
 .PHONY: soak
 soak: ## The test of a primary that is away, for five minutes (root)
 	@CULVERT_E2E=require CULVERT_SOAK=5m $(GO) test -count=1 -timeout 15m -v -run TestFederationWithoutItsPrimary ./test
+
+.PHONY: wanfed
+wanfed: build race-note ## Consul's own transport and RPC, as a library, against bin/culvert (fetches Consul's module; minutes when nothing is cached)
+	@$(GO) -C test/wanfed test $(RACE) -count=1 -timeout 10m $(RUNFLAGS) ./...
 
 .PHONY: clean
 clean: ## Remove what was built
