@@ -20,7 +20,10 @@ type kind struct {
 	Admin           string
 }
 
-var consulKind = kind{"consul", "consul", 8443, "127.0.0.1:7440"}
+var (
+	consulKind = kind{"consul", "consul", 8443, "127.0.0.1:7440"}
+	nomadKind  = kind{"nomad", "nomad", 8445, "127.0.0.1:7441"}
+)
 
 // A way is how a federation is built. The zero one captures by bind and has
 // culvert's own gateways.
