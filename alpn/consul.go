@@ -8,6 +8,9 @@ const (
 	ConsulTLSInsecure = 7 // without a certificate of the dialler
 )
 
+// ConsulSnapshot is the type of connections on which whole snapshots pass.
+const ConsulSnapshot = 5
+
 // A Type is one kind of connection of a service whose connections begin with a
 // byte that tells their kind. A native server is told the kind by the protocol
 // instead, and gets the connection without the byte.
@@ -26,7 +29,7 @@ func ConsulTypes() []Type {
 		{Byte: 0, ALPN: "consul/rpc-single"},
 		{Byte: 1, ALPN: "consul/raft", SameDatacenter: true},
 		{Byte: 4, ALPN: "consul/rpc-multi"},
-		{Byte: 5, ALPN: "consul/rpc-snapshot"},
+		{Byte: ConsulSnapshot, ALPN: "consul/rpc-snapshot"},
 		{Byte: 6, ALPN: "consul/rpc-gossip"},
 		{Byte: 8, ALPN: "consul/rpc-grpc"},
 		{Byte: 9, ALPN: "consul/raft-forwarding", SameDatacenter: true},

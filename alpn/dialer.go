@@ -56,11 +56,15 @@ func (d *Dialer) Dial(ctx context.Context, raw net.Conn, serverName, service str
 	return d.offer(ctx, raw, serverName, service, d.table.Offer(service))
 }
 
-// DialType is Dial for a connection of a service with types that begins with a
-// byte. Where the route that was negotiated has a Type, the far side has been told
-// and takes what comes behind that byte.
-func (d *Dialer) DialType(ctx context.Context, raw net.Conn, serverName, service string, first byte) (*Conn, error) {
-	return d.offer(ctx, raw, serverName, service, d.table.OfferType(service, first))
+// DialStream is Dial for a stream. Where the route that was negotiated has a Type,
+// the far side has been told of the first byte and takes what comes behind it;
+// where its kind is [KindSession], the stream is one of those that it is to carry.
+func (d *Dialer) DialStream(ctx context.Context, raw net.Conn, serverName string, o StreamOffer) (*Conn, error) {
+	purpose := o.Service
+	if purpose == "" {
+		purpose = "a session"
+	}
+	return d.offer(ctx, raw, serverName, purpose, d.table.OfferStream(o))
 }
 
 // DialServer makes the handshake with a local server that speaks TLS and knows

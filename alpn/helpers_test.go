@@ -53,7 +53,7 @@ func newAcceptor(t testing.TB, table *Table, creds Credentials) *acceptor {
 	a := &acceptor{conns: make(chan *Conn, 16), log: log, metrics: NewMetrics(prometheus.NewRegistry())}
 	h := HandlerFunc(func(_ context.Context, c *Conn) { a.conns <- c })
 	s, err := NewServer(table, creds, ServerOptions{
-		Packet: h, Stream: h, Raft: h, HTTP: h, Metrics: a.metrics, Log: zap.New(core),
+		Packet: h, Stream: h, Session: h, Raft: h, HTTP: h, Metrics: a.metrics, Log: zap.New(core),
 		Refused: func(reason string) {
 			a.mu.Lock()
 			defer a.mu.Unlock()

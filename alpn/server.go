@@ -32,9 +32,9 @@ func (f HandlerFunc) ServeConn(ctx context.Context, c *Conn) { f(ctx, c) }
 
 // ServerOptions configure a [Server].
 type ServerOptions struct {
-	// Packet, Stream, Raft and HTTP serve the connections of their kind. One
-	// that is nil is an error if the table has something of that kind.
-	Packet, Stream, Raft, HTTP Handler
+	// Packet, Stream, Session, Raft and HTTP serve the connections of their
+	// kind. One that is nil is an error if the table has something of that kind.
+	Packet, Stream, Session, Raft, HTTP Handler
 	// Foreign takes over connections whose hello offers nothing of the table,
 	// or no protocol at all: the local server's own TLS. Nothing of them has
 	// been read, and it has ServeConn's duties from there. Nil refuses them.
@@ -104,14 +104,16 @@ func (o *ServerOptions) handler(k Kind) Handler {
 		return o.Raft
 	case KindHTTP:
 		return o.HTTP
+	case KindSession:
+		return o.Session
 	}
 	return o.Stream
 }
 
 // ServeConn serves one connection to its end. It owns c. What is wrong with the
 // connection is logged and counted here. Once its peer is verified it calls
-// establish, with true for all but streams, whose connections alone end by
-// themselves; where that returns false, and when ctx ends before, the connection
+// establish, with true for all but streams and sessions, whose connections alone
+// end by themselves; where that returns false, and when ctx ends before, the connection
 // is closed and nothing counted.
 func (s *Server) ServeConn(ctx context.Context, c *sniff.Conn, establish func(lasting bool) bool) {
 	remote := c.RemoteAddr()

@@ -18,18 +18,23 @@ const (
 	HTTP = "h2"             // HTTP/2, the federation API
 )
 
+// Session is the protocol of a connection that carries streams of all services. A
+// [Table] has it if it is told to.
+const Session = "culvert/session/1"
+
 // A Kind says how the bytes after the handshake are to be read.
 type Kind int
 
 // The kinds of service, and those of [Raft] and [HTTP].
 const (
-	KindPacket Kind = iota + 1 // frames, each one datagram
-	KindStream                 // the bytes of one TCP connection
-	KindRaft                   // raft's messages
-	KindHTTP                   // HTTP/2
+	KindPacket  Kind = iota + 1 // frames, each one datagram
+	KindStream                  // the bytes of one TCP connection
+	KindRaft                    // raft's messages
+	KindHTTP                    // HTTP/2
+	KindSession                 // streams of any service
 )
 
-// String returns "packet", "stream", "raft" or "http".
+// String returns "packet", "stream", "raft", "http" or "session".
 func (k Kind) String() string {
 	switch k {
 	case KindPacket:
@@ -40,6 +45,8 @@ func (k Kind) String() string {
 		return "raft"
 	case KindHTTP:
 		return "http"
+	case KindSession:
+		return "session"
 	}
 	return fmt.Sprintf("kind %d", int(k))
 }
@@ -48,8 +55,9 @@ func (k Kind) String() string {
 func (k Kind) prefix() string { return "culvert/" + k.String() + "/1/" }
 
 // lasting tells whether connections of the kind do not end by themselves, so that
-// a drain must not wait for them.
-func (k Kind) lasting() bool { return k != KindStream }
+// a drain must not wait for them. A session is told of the drain by its handler,
+// and ends with its last stream.
+func (k Kind) lasting() bool { return k != KindStream && k != KindSession }
 
 // admission says from whom connections of the kind are taken. Packets and streams
 // come from servers anywhere, and what they may reach is decided behind.
@@ -77,7 +85,7 @@ type Service struct {
 // A Route is what a negotiated protocol means.
 type Route struct {
 	Protocol string // as negotiated
-	Service  string // Service.Name; empty for [Raft] and [HTTP]
+	Service  string // Service.Name; empty for [Raft], [HTTP] and [Session]
 	Kind     Kind
 	Native   bool // a service's name from outside Culvert: one frame is one TLS record, and frames go one way
 	// Type is what the protocol tells of the connection, whose bytes begin
@@ -103,10 +111,10 @@ type typeKey struct {
 // maxProtocol is the length limit of RFC 7301 section 3.1, in bytes.
 const maxProtocol = 255
 
-// NewTable builds a Table of services and of federation protocols, [Raft] or
+// NewTable builds a Table of services and of other protocols, [Session], [Raft] or
 // [HTTP], of which there must be one at least. Two services of one name, or of
 // one ALPN name, are an error, and so is an ALPN name that is Culvert's own.
-func NewTable(services []Service, federation ...string) (*Table, error) {
+func NewTable(services []Service, others ...string) (*Table, error) {
 	t := &Table{routes: make(map[string]Route), offers: make(map[string][]string), types: make(map[typeKey]string)}
 	valid := regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
 	var native []string
@@ -130,8 +138,11 @@ func NewTable(services []Service, federation ...string) (*Table, error) {
 		}
 		native = append(native, names...)
 	}
-	if err := t.addFederation(federation); err != nil {
+	if err := t.addOthers(others); err != nil {
 		return nil, err
+	}
+	if _, ok := t.routes[Session]; ok {
+		t.protocols = slices.Insert(t.protocols, 0, Session)
 	}
 	if len(t.routes) == 0 {
 		// An empty list would make crypto/tls negotiate nothing and accept it.
@@ -147,15 +158,17 @@ func NewTable(services []Service, federation ...string) (*Table, error) {
 	return t, nil
 }
 
-func (t *Table) addFederation(protocols []string) error {
+func (t *Table) addOthers(protocols []string) error {
 	for _, p := range protocols {
 		switch p {
+		case Session:
+			t.routes[p] = Route{Protocol: p, Kind: KindSession}
 		case Raft:
 			t.routes[p] = Route{Protocol: p, Kind: KindRaft}
 		case HTTP:
 			t.routes[p] = Route{Protocol: p, Kind: KindHTTP}
 		default:
-			return fmt.Errorf("protocol %q: neither %s nor %s", p, Raft, HTTP)
+			return fmt.Errorf("protocol %q: neither %s nor %s nor %s", p, Session, Raft, HTTP)
 		}
 	}
 	return nil
@@ -226,13 +239,36 @@ func (t *Table) negotiated(c *tls.Conn) (Route, error) {
 // and nil for a service that the table lacks. The slice is the caller's.
 func (t *Table) Offer(service string) []string { return slices.Clone(t.offers[service]) }
 
-// OfferType is Offer for a connection of a service with types that begins with a
-// byte. For a byte that no native server knows by a protocol it is Culvert's own
-// name alone.
-func (t *Table) OfferType(service string, first byte) []string {
-	offer := t.Offer(service)
-	if native, ok := t.types[typeKey{service, first}]; ok && offer != nil {
-		offer = append(offer, native)
+// A StreamOffer is what a stream is dialled for.
+type StreamOffer struct {
+	// Service is the stream's. With none it is for a session alone.
+	Service string
+	// First is the byte that a connection of a service with types begins with. For
+	// one that no native server knows by a protocol none of theirs is offered. Nil
+	// for services without types.
+	First *byte
+	// Session offers to carry the stream on a session.
+	Session bool
+}
+
+// OfferStream is Offer for a stream.
+func (t *Table) OfferStream(o StreamOffer) []string {
+	var offer []string
+	if _, ok := t.routes[Session]; ok && o.Session {
+		offer = append(offer, Session)
+	}
+	if o.Service == "" {
+		return offer
+	}
+	names, ok := t.offers[o.Service]
+	if !ok {
+		return nil
+	}
+	offer = append(offer, names...)
+	if o.First != nil {
+		if native, ok := t.types[typeKey{o.Service, *o.First}]; ok {
+			offer = append(offer, native)
+		}
 	}
 	return offer
 }
@@ -240,7 +276,7 @@ func (t *Table) OfferType(service string, first byte) []string {
 // offerProtocol is Offer for a federation protocol. The two are not one map:
 // h2 is a name that a service may have.
 func (t *Table) offerProtocol(protocol string) []string {
-	if r, ok := t.routes[protocol]; ok && r.Service == "" {
+	if r, ok := t.routes[protocol]; ok && r.Service == "" && r.Kind != KindSession {
 		return []string{protocol}
 	}
 	return nil

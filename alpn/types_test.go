@@ -42,14 +42,15 @@ func TestTypesOfATable(t *testing.T) {
 				t.Errorf("%q is not accepted", name)
 			}
 		}
-		if got := table.OfferType("rpc", byte(first)); !slices.Equal(got, offer) {
+		first := byte(first)
+		if got := table.OfferStream(StreamOffer{Service: "rpc", First: &first}); !slices.Equal(got, offer) {
 			t.Errorf("offered for %d: %q, want %q", first, got, offer)
 		}
 	}
 	if got := table.Offer("rpc"); !slices.Equal(got, []string{"culvert/stream/1/rpc"}) {
 		t.Errorf("offered without a type: %q", got)
 	}
-	if got := table.OfferType("nothing", 4); got != nil {
+	if got := table.OfferStream(StreamOffer{Service: "nothing", First: new(byte)}); got != nil {
 		t.Errorf("offered for an unknown service: %q", got)
 	}
 	if r, _ := table.Lookup("culvert/stream/1/rpc"); r.Type != nil {
@@ -67,13 +68,15 @@ func newTyped(t *testing.T, who testpki.Option) *site {
 	return s
 }
 
+func offering(first byte) StreamOffer { return StreamOffer{Service: "rpc", First: &first} }
+
 // Two sidecars speak Culvert's protocol, whatever the type; a native server is
 // told it by a name.
-func TestDialType(t *testing.T) {
+func TestDialStream(t *testing.T) {
 	s := newTyped(t, testpki.Server("dc2", "bob"))
 	client, server := testtcp.Pair(t)
 	s.accept.serve(t, server)
-	c, err := s.dialer.DialType(t.Context(), client, aliceName, "rpc", 4)
+	c, err := s.dialer.DialStream(t.Context(), client, aliceName, offering(4))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +92,7 @@ func TestDialType(t *testing.T) {
 			})
 			_ = c.Handshake() // the dialler tells how it ended
 		}()
-		return s.dialer.DialType(t.Context(), client, aliceName, "rpc", first)
+		return s.dialer.DialStream(t.Context(), client, aliceName, offering(first))
 	}
 	c, err = native(5, "consul/rpc-multi", "consul/rpc-snapshot")
 	if err != nil {
@@ -198,5 +201,47 @@ func TestDialServer(t *testing.T) {
 	}
 	if _, err := dial(testpki.Server("dc1", "alice")); !errors.As(err, new(*certs.PeerError)) {
 		t.Errorf("a server of another datacenter: %v", err)
+	}
+}
+
+// A session is preferred where both sides have it, and asked for alone where none of
+// the services is meant; a side without it gets the stream as before.
+func TestSessions(t *testing.T) {
+	table := mustTable(t, typed(), Session)
+	if got := table.Protocols(); got[0] != Session {
+		t.Errorf("accepted first: %q", got[0])
+	}
+	first := byte(4)
+	for _, c := range []struct {
+		o    StreamOffer
+		want []string
+	}{
+		{StreamOffer{Session: true}, []string{Session}},
+		{StreamOffer{Service: "rpc", Session: true}, []string{Session, "culvert/stream/1/rpc"}},
+		{StreamOffer{Service: "rpc", First: &first, Session: true}, []string{Session, "culvert/stream/1/rpc", "consul/rpc-multi"}},
+		{StreamOffer{Service: "rpc", First: &first}, []string{"culvert/stream/1/rpc", "consul/rpc-multi"}},
+		{StreamOffer{Service: "nothing", Session: true}, nil},
+	} {
+		if got := table.OfferStream(c.o); !slices.Equal(got, c.want) {
+			t.Errorf("offered for %+v: %q, want %q", c.o, got, c.want)
+		}
+	}
+	if got := mustTable(t, typed()).OfferStream(StreamOffer{Session: true}); got != nil {
+		t.Errorf("offered without sessions: %q", got)
+	}
+	for name, far := range map[string]*Table{Session: table, "culvert/stream/1/rpc": mustTable(t, typed())} {
+		s := newTyped(t, testpki.Server("dc2", "bob"))
+		s.dialer.table = table
+		s.accept = newAcceptor(t, far, s.accept.creds)
+		client, server := testtcp.Pair(t)
+		s.accept.serve(t, server)
+		c, err := s.dialer.DialStream(t.Context(), client, aliceName, StreamOffer{Service: "rpc", Session: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r := c.Route(); r.Protocol != name || (r.Kind == KindSession) != (name == Session) {
+			t.Errorf("negotiated %+v, want %s", r, name)
+		}
+		c.Abort()
 	}
 }

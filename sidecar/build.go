@@ -66,6 +66,9 @@ func (s *Sidecar) typeRules(cfg *config.Sidecar) map[string]stream.TypeRules {
 	return out
 }
 
+// alone tells the streams that are known to be long. Sessions are not for them.
+func alone(_ string, first stream.Type) bool { return first == alpn.ConsulSnapshot }
+
 func endpoints(services []config.Service) []capture.Service {
 	var out []capture.Service
 	for _, s := range services {

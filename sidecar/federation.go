@@ -137,16 +137,17 @@ func readerOptions(cfg *config.Sidecar) federation.ReaderOptions {
 	return o
 }
 
-// federationProtocols are those that the federation adds to what the sidecar takes and
-// dials.
-func federationProtocols(cfg *config.Sidecar) []string {
-	switch {
-	case cfg.Federation == nil:
-		return nil
-	case cfg.Federation.PrimaryDatacenter == cfg.Datacenter:
-		return []string{alpn.Raft, alpn.HTTP}
+// otherProtocols are those that the sidecar takes and dials beside its services':
+// sessions, and what the federation adds.
+func otherProtocols(cfg *config.Sidecar) []string {
+	out := []string{alpn.Session}
+	if cfg.Federation == nil {
+		return out
 	}
-	return []string{alpn.HTTP}
+	if cfg.Federation.PrimaryDatacenter == cfg.Datacenter {
+		out = append(out, alpn.Raft)
+	}
+	return append(out, alpn.HTTP)
 }
 
 // dialAPI connects to a sidecar of the primary: by its name, or at an address of

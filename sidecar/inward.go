@@ -80,6 +80,14 @@ func (s streamHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
 	s.inbound.ServeConn(ctx, keyOf(c.Peer()), c.Route().Service, first, c)
 }
 
+// sessionHandler takes the streams of sessions that verified peers have begun.
+type sessionHandler struct{ *Sidecar }
+
+// ServeConn serves one session to its end.
+func (s sessionHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
+	s.inbound.ServeSession(ctx, keyOf(c.Peer()), c)
+}
+
 // secure begins TLS with the local server, as its peers would.
 func (s *Sidecar) secure(ctx context.Context, server *net.TCPConn) (net.Conn, error) {
 	cfg := s.cfg.Load()

@@ -53,22 +53,31 @@ func (s *Sidecar) isGone(to catalog.Key) error {
 }
 
 func (s *Sidecar) dialPacket(ctx context.Context, to catalog.Key, service string) (packet.Conn, error) {
-	c, err := s.dialPeer(ctx, to, service, stream.Untyped)
+	c, err := s.dialPeer(ctx, to, func(ctx context.Context, raw net.Conn, name string) (*alpn.Conn, error) {
+		return s.dialer.Dial(ctx, raw, name, service)
+	})
 	if err != nil {
 		return nil, err // not c: a nil *alpn.Conn is no nil packet.Conn
 	}
 	return c, nil
 }
 
-func (s *Sidecar) dialStream(ctx context.Context, to catalog.Key, service string, first stream.Type) (net.Conn, bool, error) {
-	c, err := s.dialPeer(ctx, to, service, first)
-	if err != nil {
-		if _, refused := errors.AsType[*alpn.RefusedError](err); refused && beginsTLS(first) {
-			err = &innerTLSError{to, first, err}
-		}
-		return nil, false, err
+func (s *Sidecar) dialStream(ctx context.Context, to catalog.Key, want stream.Wanted) (stream.Reached, error) {
+	offer := alpn.StreamOffer{Service: want.Service, Session: want.Session}
+	if want.First != stream.Untyped {
+		first := want.First.Byte()
+		offer.First = &first
 	}
-	return c, c.Route().Type != nil, nil
+	c, err := s.dialPeer(ctx, to, func(ctx context.Context, raw net.Conn, name string) (*alpn.Conn, error) {
+		return s.dialer.DialStream(ctx, raw, name, offer)
+	})
+	if err != nil {
+		if _, refused := errors.AsType[*alpn.RefusedError](err); refused && beginsTLS(want.First) {
+			err = &innerTLSError{to, want.First, err}
+		}
+		return stream.Reached{}, err
+	}
+	return stream.Reached{Conn: c, Told: c.Route().Type != nil, Session: c.Route().Kind == alpn.KindSession}, nil
 }
 
 // beginsTLS tells whether the server's own TLS begins behind a type.
@@ -92,13 +101,16 @@ func (e *innerTLSError) Error() string {
 
 func (e *innerTLSError) Unwrap() error { return e.err }
 
+// A handshake makes TLS of a connection with who carries a name.
+type handshake func(ctx context.Context, raw net.Conn, name string) (*alpn.Conn, error)
+
 // dialPeer connects to a peer's sidecar by whatever path there is, and makes
 // sure that it is that peer's. A gateway that has not heard of the peer yet says so
 // by an alert, and the next one is asked at once.
-func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, service string, first stream.Type) (*alpn.Conn, error) {
+func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, shake handshake) (*alpn.Conn, error) {
 	const tries = 3
 	for try := 1; ; try++ {
-		c, path, err := s.dialOnce(ctx, to, service, first)
+		c, path, err := s.dialOnce(ctx, to, shake)
 		if err == nil {
 			return c, nil
 		}
@@ -109,18 +121,13 @@ func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, service string, 
 	}
 }
 
-func (s *Sidecar) dialOnce(ctx context.Context, to catalog.Key, service string, first stream.Type) (*alpn.Conn, locator.Path, error) {
+func (s *Sidecar) dialOnce(ctx context.Context, to catalog.Key, shake handshake) (*alpn.Conn, locator.Path, error) {
 	raw, path, err := s.locator.Dial(ctx, to)
 	if err != nil {
 		return nil, path, err
 	}
 	name := certs.ServerName(to.Node, to.Datacenter, s.cfg.Load().Domain)
-	var c *alpn.Conn
-	if first == stream.Untyped {
-		c, err = s.dialer.Dial(ctx, raw, name, service)
-	} else {
-		c, err = s.dialer.DialType(ctx, raw, name, service, first.Byte())
-	}
+	c, err := shake(ctx, raw, name)
 	s.locator.Report(to, path, err)
 	if err != nil {
 		return nil, path, viaError{path, err}

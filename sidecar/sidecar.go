@@ -121,7 +121,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	s.catalog = catalog.New(snapshot(cfg))
 
 	// Outward: a path, then TLS to whom the name says.
-	s.table, err = alpn.NewTable(protocols(cfg.Services), federationProtocols(cfg)...)
+	s.table, err = alpn.NewTable(protocols(cfg.Services), otherProtocols(cfg)...)
 	if err != nil {
 		return nil, fmt.Errorf("build the protocol table: %w", err)
 	}
@@ -151,17 +151,17 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	streams := stream.NewMetrics(o.Registry, named(cfg.Services, false)...)
 	rules := s.typeRules(cfg)
 	s.outbound = stream.NewOutbound(s.dialStream, stream.OutboundOptions{
-		Typed: slices.Collect(maps.Keys(rules)), Refuse: s.isGone, Log: o.Log, Metrics: streams,
+		Typed: slices.Collect(maps.Keys(rules)), Refuse: s.isGone, Alone: alone, Log: o.Log, Metrics: streams,
 	})
 	s.inbound = stream.NewInbound(s.dialServer, stream.InboundOptions{
-		Datacenter: cfg.Datacenter, Typed: rules, Log: o.Log, Metrics: streams,
+		Datacenter: cfg.Datacenter, Typed: rules, Services: named(cfg.Services, false), Log: o.Log, Metrics: streams,
 	})
 
 	// Inward: what the far sidecars dial.
 	muxMetrics := mux.NewMetrics(o.Registry, alpn.Reasons()...)
 	plain, foreign := s.passthrough(cfg.Listen)
 	terminator, err := alpn.NewServer(s.table, s.certs, alpn.ServerOptions{
-		Packet: packetHandler{s}, Stream: streamHandler{s}, Raft: s.federated.raftHandler(), HTTP: s.federated.apiHandler(),
+		Packet: packetHandler{s}, Stream: streamHandler{s}, Session: sessionHandler{s}, Raft: s.federated.raftHandler(), HTTP: s.federated.apiHandler(),
 		Foreign: foreign, Refused: muxMetrics.Refused, Log: o.Log, Metrics: tlsMetrics,
 	})
 	if err != nil {
@@ -252,6 +252,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	coreParts := newParts(stopFront)
 	coreParts.run("locator", func() error { return s.locator.Run(core) })
 	coreParts.run("links", func() error { return s.links.run(core) })
+	coreParts.run("streams", func() error { return s.outbound.Run(core) })
 	coreParts.run("capture", func() error { return s.capture.Run(core) })
 	if s.federated != nil {
 		coreParts.run("federation", func() error { return s.runFederation(core) })
@@ -272,12 +273,13 @@ func (s *Sidecar) Run(ctx context.Context) error {
 }
 
 // drain waits for the streams of the local server, which the mux does not know,
-// and cuts them off when ctx ends. Packets go on meanwhile, both ways, on the
+// and cuts them off when ctx ends. Peers' sessions are told to take no more. Packets go on meanwhile, both ways, on the
 // connections that there are: a restart must not look like a failure, and a
 // sidecar that is waiting for a stream must not either.
 func (s *Sidecar) drain(ctx context.Context) {
 	s.draining.Store(true)
 	var wg sync.WaitGroup
+	wg.Go(func() { s.inbound.Drain(ctx) })
 	for to, drain := range map[string]func(context.Context) int{"peers": s.outbound.Drain, "itself": s.capture.Drain} {
 		wg.Go(func() {
 			if left := drain(ctx); left > 0 {

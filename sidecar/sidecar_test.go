@@ -217,7 +217,7 @@ func TestPacketsAndStreamsCross(t *testing.T) {
 		got := st.Peers[0]
 		want := PeerStatus{
 			Datacenter: "dc2", Node: "bob", Advertise: p.addr(2, 1).String(), Path: "direct", State: "up",
-			PacketsSent: 1, PacketsReceived: 1, BytesSent: 4 + 8, BytesReceived: 60000 + 6, StreamsTotal: 1,
+			PacketsSent: 1, PacketsReceived: 1, BytesSent: 4 + 8, BytesReceived: 60000 + 6, StreamsTotal: 1, Sessions: 1,
 			Authenticated: "bob.server.dc2.consul", TLS: "TLS 1.3",
 		}
 		if len(got.Drops) != 0 || !st.Ready {

@@ -42,6 +42,7 @@ type PeerStatus struct {
 	Drops           map[string]uint64 `json:"drops"` // packets, by reason, both ways
 	StreamsOpen     int               `json:"streams_open"`
 	StreamsTotal    uint64            `json:"streams_total"`
+	Sessions        int               `json:"sessions"`      // connections that this sidecar keeps for streams to it
 	Authenticated   string            `json:"authenticated"` // the name that its certificate was verified for, "" before the first connection
 	TLS             string            `json:"tls"`           // version of that connection
 	LastError       string            `json:"last_error"`
@@ -113,6 +114,7 @@ func (s *Sidecar) peerStatus(p catalog.Peer) PeerStatus {
 			st.LastError = l.LastError
 		}
 	}
+	st.Sessions = s.outbound.Sessions(p.Key)
 	in := s.receiver.Received(p.Key)
 	st.PacketsReceived, st.BytesReceived = in.Packets, in.Bytes
 	addDrops(st.Drops, in.Drops)

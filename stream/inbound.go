@@ -12,6 +12,7 @@ import (
 
 	"culvert/catalog"
 	"culvert/internal/pipe"
+	"culvert/stream/session"
 )
 
 // A DialServer connects to a service of the local server on behalf of a peer,
@@ -24,16 +25,19 @@ type InboundOptions struct {
 	Datacenter string
 	// Typed are the services whose connections begin with a byte that tells
 	// what they are, and what follows from it.
-	Typed   map[string]TypeRules
-	Log     *zap.Logger // nil: none
-	Metrics *Metrics    // nil: of its own
+	Typed map[string]TypeRules
+	// Services are those that streams of a session may be for.
+	Services []string
+	Log      *zap.Logger // nil: none
+	Metrics  *Metrics    // nil: of its own
 }
 
 // Inbound carries connections of peers to the local server.
 type Inbound struct {
 	*relays
-	o    InboundOptions
-	dial DialServer
+	o        InboundOptions
+	dial     DialServer
+	sessions sessions
 }
 
 // NewInbound returns an Inbound that reaches the local server with dial.
@@ -69,7 +73,7 @@ func (i *Inbound) ServeConn(ctx context.Context, from catalog.Key, service strin
 	}
 	if slices.Contains(rules.SameDatacenter, first) && from.Datacenter != i.o.Datacenter {
 		i.failed(from, service, "peer refused", errForeignType{first, i.o.Datacenter})
-		pipe.Abort(c)
+		turnAway(c, session.NotAllowed)
 		return
 	}
 	server, err := i.dial(ctx, from, service)
@@ -78,7 +82,7 @@ func (i *Inbound) ServeConn(ctx context.Context, from catalog.Key, service strin
 		return
 	}
 	if !typed {
-		i.join(ctx, from, service, server, c)
+		i.begin(ctx, from, service, server, c)
 		return
 	}
 	secured, err := i.open(ctx, rules, first, server)
@@ -88,7 +92,28 @@ func (i *Inbound) ServeConn(ctx context.Context, from catalog.Key, service strin
 		return
 	}
 	i.received(from, service, 1)
-	i.join(ctx, from, service, secured, c)
+	i.begin(ctx, from, service, secured, c)
+}
+
+// begin relays, once a peer that asks for an answer has it.
+func (i *Inbound) begin(ctx context.Context, from catalog.Key, service string, server, c net.Conn) {
+	if st, ok := c.(*session.Stream); ok {
+		if err := st.Answer(session.OK); err != nil {
+			pipe.Abort(server)
+			pipe.Abort(c)
+			return
+		}
+	}
+	i.join(ctx, from, service, server, c)
+}
+
+// turnAway refuses a connection, with the reason where its protocol has room for
+// one.
+func turnAway(c net.Conn, why session.Status) {
+	if st, ok := c.(*session.Stream); ok {
+		_ = st.Answer(why) // where it fails the session has ended
+	}
+	pipe.Abort(c)
 }
 
 // open tells the local server what a connection is, and makes TLS of it where the
@@ -115,7 +140,7 @@ func tell(c net.Conn, first Type) error {
 
 func (i *Inbound) refuse(from catalog.Key, service string, err error, c net.Conn) {
 	i.failed(from, service, "the local server does not take a stream", err)
-	pipe.Abort(c)
+	turnAway(c, session.ServerDown)
 }
 
 // untyped ends a connection that has not said what it is. One that ended by

@@ -15,7 +15,7 @@ const (
 // [Inbound].
 type Metrics struct {
 	connections, bytesTotal, failures *prometheus.CounterVec
-	openNow                           *prometheus.GaugeVec
+	openNow, sessionsOpen             *prometheus.GaugeVec
 }
 
 // NewMetrics registers the package's metrics with reg, each service's series
@@ -31,6 +31,10 @@ func NewMetrics(reg prometheus.Registerer, services ...string) *Metrics {
 			Name: "culvert_stream_open",
 			Help: "Streams open now, dialled by the local server (out) or by a peer (in).",
 		}, labels),
+		sessionsOpen: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "culvert_stream_sessions_open",
+			Help: "Connections open now that carry streams of any number, begun by this sidecar (out) or by a peer's (in).",
+		}, []string{"direction"}),
 		bytesTotal: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "culvert_stream_bytes_total",
 			Help: "Payload bytes of streams, from the local server (out) and to it (in), whoever dialled.",
@@ -42,13 +46,14 @@ func NewMetrics(reg prometheus.Registerer, services ...string) *Metrics {
 	}
 	for _, d := range []direction{out, in} {
 		m.failures.WithLabelValues(string(d))
+		m.sessions(d)
 		for _, service := range services {
 			m.series(d, service)
 			m.bytes(d, service)
 		}
 	}
 	if reg != nil {
-		reg.MustRegister(m.connections, m.openNow, m.bytesTotal, m.failures)
+		reg.MustRegister(m.connections, m.openNow, m.bytesTotal, m.failures, m.sessionsOpen)
 	}
 	return m
 }
@@ -67,3 +72,7 @@ func (m *Metrics) bytes(d direction, service string) prometheus.Counter {
 }
 
 func (m *Metrics) failed(d direction) { m.failures.WithLabelValues(string(d)).Inc() }
+
+func (m *Metrics) sessions(d direction) prometheus.Gauge {
+	return m.sessionsOpen.WithLabelValues(string(d))
+}

@@ -18,11 +18,24 @@ import (
 // DialTimeout is how long a peer has to be reached, TLS handshake included.
 const DialTimeout = 10 * time.Second
 
-// A DialPeer connects to a peer's service. The connection is the caller's; it
-// should have CloseWrite and Abort methods. first is the byte that the connection
-// begins with, or [Untyped] of a service without types; told says that the peer
-// knows it by then and wants what comes behind it.
-type DialPeer func(ctx context.Context, to catalog.Key, service string, first Type) (c net.Conn, told bool, err error)
+// Wanted is what a peer is dialled for.
+type Wanted struct {
+	Service string
+	First   Type // the byte that the connection begins with, [Untyped] of a service without types
+	// Session tells that a session is as good, on which the stream is to ride. It
+	// is all that is wanted where there is no Service.
+	Session bool
+}
+
+// Reached is a connection to a peer.
+type Reached struct {
+	net.Conn      // it should have CloseWrite and Abort methods
+	Told     bool // the peer knows the first byte already and wants what comes behind it
+	Session  bool // it is one for a session
+}
+
+// A DialPeer connects to a peer. The connection is the caller's.
+type DialPeer func(ctx context.Context, to catalog.Key, want Wanted) (Reached, error)
 
 // OutboundOptions configure an [Outbound].
 type OutboundOptions struct {
@@ -31,7 +44,10 @@ type OutboundOptions struct {
 	Typed []string
 	// Refuse tells why a peer is not even to be dialled now; nil goes on. A nil
 	// function refuses nobody.
-	Refuse  func(to catalog.Key) error
+	Refuse func(to catalog.Key) error
+	// Alone tells which streams are to have a connection of their own from the
+	// start, as they are known to be long. Nil means none.
+	Alone   func(service string, first Type) bool
 	Log     *zap.Logger // nil: none
 	Metrics *Metrics    // nil: of its own
 }
@@ -39,9 +55,10 @@ type OutboundOptions struct {
 // Outbound carries connections of the local server to its peers.
 type Outbound struct {
 	*relays
-	o    OutboundOptions
-	dial DialPeer
-	open *connset.Set // those of the local server
+	o        OutboundOptions
+	dial     DialPeer
+	open     *connset.Set // those of the local server
+	carriers *carriers
 }
 
 // NewOutbound returns an Outbound that reaches peers with dial.
@@ -49,7 +66,39 @@ func NewOutbound(dial DialPeer, o OutboundOptions) *Outbound {
 	if o.Refuse == nil {
 		o.Refuse = func(catalog.Key) error { return nil }
 	}
-	return &Outbound{relays: newRelays(out, o.Log, o.Metrics), o: o, dial: dial, open: connset.New()}
+	if o.Alone == nil {
+		o.Alone = func(string, Type) bool { return false }
+	}
+	r := newRelays(out, o.Log, o.Metrics)
+	return &Outbound{relays: r, o: o, dial: dial, open: connset.New(), carriers: newCarriers(dial, r.log, r.m)}
+}
+
+// Run keeps sessions with peers, on which streams ride, until ctx ends. Without it
+// each stream gets a connection of its own. It returns nil.
+func (o *Outbound) Run(ctx context.Context) error {
+	o.carriers.run(ctx)
+	return nil
+}
+
+// Sessions is how many sessions with a peer there are that this side began.
+func (o *Outbound) Sessions(peer catalog.Key) int { return o.carriers.count(peer) }
+
+// Forget drops the counts of a peer that left, and ends its sessions when their
+// streams have ended.
+func (o *Outbound) Forget(peer catalog.Key) {
+	o.carriers.forget(peer)
+	o.relays.Forget(peer)
+}
+
+// reach connects to a peer for a stream.
+func (o *Outbound) reach(ctx context.Context, to catalog.Key, service string, first Type) (Reached, error) {
+	ctx, cancel := context.WithTimeout(ctx, DialTimeout)
+	defer cancel()
+	want := Wanted{Service: service, First: first}
+	if o.o.Alone(service, first) {
+		return o.dial(ctx, to, want)
+	}
+	return o.carriers.reach(ctx, to, want)
 }
 
 // Drain refuses new streams and waits until those that are open have ended. It
@@ -80,21 +129,19 @@ func (o *Outbound) Stream(ctx context.Context, to catalog.Key, service string, c
 			return
 		}
 	}
-	dialCtx, cancel := context.WithTimeout(ctx, DialTimeout)
-	far, told, err := o.dial(dialCtx, to, service, first)
-	cancel()
+	far, err := o.reach(ctx, to, service, first)
 	if err != nil {
 		o.refuse(to, service, err, c)
 		return
 	}
-	if told {
+	if far.Told {
 		if _, err := c.Read(make([]byte, 1)); err != nil { // it was there, and nobody else reads
-			pipe.Abort(far)
+			pipe.Abort(far.Conn)
 			o.refuse(to, service, err, c)
 			return
 		}
 	}
-	o.join(ctx, to, service, c, far)
+	o.join(ctx, to, service, c, far.Conn)
 }
 
 func (o *Outbound) refuse(to catalog.Key, service string, err error, c *net.TCPConn) {

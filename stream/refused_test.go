@@ -49,7 +49,7 @@ func refusing(t *testing.T) DialPeer {
 		t.Fatal(err)
 	}
 	d := alpn.NewDialer(table, load(t, ca, ca.Leaf(t, testpki.Gateway("dc1", "gw"))), alpn.DialerOptions{})
-	return func(ctx context.Context, _ catalog.Key, service string, _ Type) (net.Conn, bool, error) {
+	return func(ctx context.Context, _ catalog.Key, want Wanted) (Reached, error) {
 		raw, accepted := testtcp.Pair(t)
 		done := make(chan struct{})
 		go func() {
@@ -57,8 +57,8 @@ func refusing(t *testing.T) DialPeer {
 			bobs.ServeConn(t.Context(), sniff.NewConn(accepted, nil), func(bool) bool { return true })
 		}()
 		t.Cleanup(func() { _ = accepted.Close(); <-done })
-		c, err := d.Dial(ctx, raw, "bob.server.dc2.consul", service)
-		return c, false, err
+		c, err := d.Dial(ctx, raw, "bob.server.dc2.consul", want.Service)
+		return Reached{Conn: c}, err
 	}
 }
 

@@ -40,7 +40,7 @@ func within(t *testing.T, what string, f func()) {
 
 // reaching returns a DialPeer that has a connection already.
 func reaching(far net.Conn) DialPeer {
-	return func(context.Context, catalog.Key, string, Type) (net.Conn, bool, error) { return far, false, nil }
+	return func(context.Context, catalog.Key, Wanted) (Reached, error) { return Reached{Conn: far}, nil }
 }
 
 func TestOutboundRelays(t *testing.T) {
@@ -48,11 +48,11 @@ func TestOutboundRelays(t *testing.T) {
 	m := NewMetrics(reg, "rpc")
 	server, captured := testtcp.Pair(t)
 	peer, far := testtcp.Pair(t)
-	o := NewOutbound(func(_ context.Context, to catalog.Key, service string, first Type) (net.Conn, bool, error) {
-		if to != bob || service != "rpc" || first != Untyped {
-			t.Errorf("dialled %v %s %v", to, service, first)
+	o := NewOutbound(func(_ context.Context, to catalog.Key, want Wanted) (Reached, error) {
+		if to != bob || want != (Wanted{Service: "rpc", First: Untyped}) {
+			t.Errorf("dialled %v %+v", to, want)
 		}
-		return far, false, nil
+		return Reached{Conn: far}, nil
 	}, OutboundOptions{Metrics: m})
 	done := make(chan struct{})
 	go func() { defer close(done); o.Stream(t.Context(), bob, "rpc", captured) }()
@@ -91,6 +91,10 @@ culvert_stream_failures_total{direction="out"} 0
 # TYPE culvert_stream_open gauge
 culvert_stream_open{direction="in",service="rpc"} 0
 culvert_stream_open{direction="out",service="rpc"} 0
+# HELP culvert_stream_sessions_open Connections open now that carry streams of any number, begun by this sidecar (out) or by a peer's (in).
+# TYPE culvert_stream_sessions_open gauge
+culvert_stream_sessions_open{direction="in"} 0
+culvert_stream_sessions_open{direction="out"} 0
 `
 	if err := testutil.GatherAndCompare(reg, strings.NewReader(want)); err != nil {
 		t.Error(err)
@@ -104,8 +108,8 @@ culvert_stream_open{direction="out",service="rpc"} 0
 // Refused is refused: whoever asked sees a reset at once, and why is kept.
 func TestOutboundWithoutAPeer(t *testing.T) {
 	server, captured := testtcp.Pair(t)
-	o := NewOutbound(func(context.Context, catalog.Key, string, Type) (net.Conn, bool, error) {
-		return nil, false, errors.New("gateway away")
+	o := NewOutbound(func(context.Context, catalog.Key, Wanted) (Reached, error) {
+		return Reached{}, errors.New("gateway away")
 	}, OutboundOptions{})
 	within(t, "Stream", func() { o.Stream(t.Context(), bob, "rpc", captured) })
 	if _, err := server.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {

@@ -31,9 +31,9 @@ func outbound(t *testing.T, o OutboundOptions, dial DialPeer) (server *net.TCPCo
 
 // never is a DialPeer that must not be called.
 func never(t *testing.T) DialPeer {
-	return func(context.Context, catalog.Key, string, Type) (net.Conn, bool, error) {
+	return func(context.Context, catalog.Key, Wanted) (Reached, error) {
 		t.Error("the peer was dialled")
-		return nil, false, errors.New("dialled")
+		return Reached{}, errors.New("dialled")
 	}
 }
 
@@ -50,11 +50,11 @@ func TestOutboundTypes(t *testing.T) {
 	for name, told := range map[string]bool{"a sidecar": false, "a native server": true} {
 		t.Run(name, func(t *testing.T) {
 			peer, far := testtcp.Pair(t)
-			server, o, done := outbound(t, OutboundOptions{}, func(_ context.Context, _ catalog.Key, _ string, first Type) (net.Conn, bool, error) {
-				if first != 4 {
-					t.Errorf("dialled for type %d, want 4", first)
+			server, o, done := outbound(t, OutboundOptions{}, func(_ context.Context, _ catalog.Key, want Wanted) (Reached, error) {
+				if want.First != 4 {
+					t.Errorf("dialled for type %d, want 4", want.First)
 				}
-				return far, told, nil
+				return Reached{Conn: far, Told: told}, nil
 			})
 			_, _ = io.WriteString(server, "\x04question")
 			_ = server.CloseWrite()
@@ -207,8 +207,10 @@ func TestInboundRefusesForeignRaft(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			peer, servers, i := inward(t, "dc1", c.first, nil)
-			_, _ = io.WriteString(peer, c.send)
-			wantReset(t, peer)
+			// The reset may be there before the write, which takes the error then.
+			if _, err := io.WriteString(peer, c.send); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+				wantReset(t, peer)
+			}
 			if len(servers) > 0 {
 				t.Error("the server was dialled")
 			}

@@ -23,11 +23,12 @@ var imports = map[string][]string{
 	"catalog": {},
 
 	"capture/ruleset": {},
+	"stream/session":  {},
 
 	"mux":     {"sniff", "certs", "catalog"},
 	"alpn":    {"sniff", "certs", "catalog"},
 	"packet":  {"sniff", "certs", "catalog"},
-	"stream":  {"sniff", "certs", "catalog"},
+	"stream":  {"sniff", "certs", "catalog", "stream/session"},
 	"capture": {"sniff", "certs", "catalog", "capture/ruleset"},
 	"locator": {"sniff", "certs", "catalog"},
 	"admin":   {"sniff", "certs", "catalog"},
@@ -62,6 +63,7 @@ var fenced = []struct {
 	{"github.com/spf13/cobra", []string{"cmd/culvert"}, nil},
 	{"github.com/miekg/dns", []string{"internal/resolve"}, nil},
 	{"github.com/hashicorp/raft", []string{"federation/store"}, nil},
+	{"github.com/hashicorp/yamux", []string{"stream/session"}, nil},
 	{"github.com/google/nftables", []string{"capture/ruleset"}, nil},
 	{"github.com/mdlayher/netlink", []string{"capture/ruleset", "internal/iproute"}, nil},
 	{"github.com/hashicorp/raft", []string{"federation/store"}, nil},

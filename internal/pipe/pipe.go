@@ -66,7 +66,8 @@ func Abort(c net.Conn) {
 }
 
 // Join copies from each connection to the other until both have ended, and
-// closes both.
+// closes both. One that knows by itself whether it is reset after its clean end has
+// a method AwaitReset() bool, which waits for that until its read deadline passes.
 func Join(a, b net.Conn, o Options) Result {
 	j := &joined{a: a, b: b}
 	there := &direction{dst: b, src: a, count: counter{o.AtoB}, moved: make(chan struct{})}
@@ -146,7 +147,13 @@ func (j *joined) run(d, other *direction) {
 // that has closed forgets the connection after a minute (tcp_fin_timeout) and
 // resets it at the next probe.
 func (j *joined) watch(d, other *direction) {
-	if c := tcpOf(d.src); c != nil && awaitReset(c) && !other.ending.Load() {
+	reset := false
+	if w, ok := d.src.(interface{ AwaitReset() bool }); ok {
+		reset = w.AwaitReset()
+	} else if c := tcpOf(d.src); c != nil {
+		reset = awaitReset(c)
+	}
+	if reset && !other.ending.Load() {
 		j.fail(syscall.ECONNRESET, d.dst, nil)
 	}
 }

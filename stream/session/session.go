@@ -41,14 +41,15 @@ const (
 	DefaultMaxStreams = 128
 	// DefaultAnswerTimeout is how long the far side has to take a stream.
 	DefaultAnswerTimeout = 10 * time.Second
+	// DefaultTimeout is when a connection that takes nothing is given up, or one
+	// whose peer does not answer a ping; TCP has given it up by then where it notices
+	// by itself.
+	DefaultTimeout = 60 * time.Second
 )
 
 const (
 	maxName = 63
 	backlog = 256
-	// writeTimeout is when a connection that takes nothing is given up; TCP has
-	// given it up by then where it notices by itself.
-	writeTimeout = 60 * time.Second
 	// nameTimeout is how long the name of a stream may take behind its opening.
 	nameTimeout = 10 * time.Second
 )
@@ -65,6 +66,7 @@ type Options struct {
 	Window        int // bytes, 256 KiB at least
 	MaxStreams    int // of the acceptor; more are refused
 	AnswerTimeout time.Duration
+	Timeout       time.Duration
 	Log           *zap.Logger // what yamux says, at debug; nil: none
 }
 
@@ -102,6 +104,9 @@ func (o Options) withDefaults() Options {
 	if o.AnswerTimeout == 0 {
 		o.AnswerTimeout = DefaultAnswerTimeout
 	}
+	if o.Timeout == 0 {
+		o.Timeout = DefaultTimeout
+	}
 	if o.Log == nil {
 		o.Log = zap.NewNop()
 	}
@@ -114,7 +119,7 @@ func (o Options) config() *yamux.Config {
 	return &yamux.Config{
 		AcceptBacklog:          backlog,
 		KeepAliveInterval:      time.Minute, // must be set, and is not used
-		ConnectionWriteTimeout: writeTimeout,
+		ConnectionWriteTimeout: o.Timeout,
 		MaxStreamWindowSize:    uint32(o.Window), //nolint:gosec // checked by yamux
 		Logger:                 logger{o.Log},
 	}
@@ -202,21 +207,24 @@ func (s *Session) Serve(handle func(*Stream)) error {
 		if err != nil {
 			break
 		}
-		if first {
-			// It may be the one of words: whether there is one is to be known
-			// before any other stream is.
-			name, err := readName(y)
-			if err == nil && name == "" {
-				s.acceptWords(y)
-			} else {
-				s.start(func() { s.take(y, name, err, handle) })
-			}
+		if !first {
+			// Known at once, as the peer may have its word before the name is read.
+			st := s.register(y, "", false)
+			s.start(func() {
+				name, err := readName(y)
+				s.take(st, name, err, handle)
+			})
 			continue
 		}
-		s.start(func() {
-			name, err := readName(y)
-			s.take(y, name, err, handle)
-		})
+		// It may be the one of words: whether there is one is to be known before
+		// any other stream is.
+		name, err := readName(y)
+		if err == nil && name == "" {
+			s.acceptWords(y)
+			continue
+		}
+		st := s.register(y, "", false)
+		s.start(func() { s.take(st, name, err, handle) })
 	}
 	s.Wait()
 	if err := s.wire.ended(); err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
@@ -225,32 +233,30 @@ func (s *Session) Serve(handle func(*Stream)) error {
 	return nil
 }
 
+// acceptWords answers the stream of words before anything is said on it.
 func (s *Session) acceptWords(y *yamux.Stream) {
+	if _, err := y.Write([]byte{byte(OK)}); err != nil {
+		return // the session has ended
+	}
 	s.words = &words{y: y}
-	s.start(func() {
-		if _, err := y.Write([]byte{byte(OK)}); err == nil {
-			s.listen(y)
-		}
-	})
+	s.start(func() { s.listen(y) })
 }
 
 // take hands on a stream whose name was read, or ends it without an answer.
-func (s *Session) take(y *yamux.Stream, name string, err error, handle func(*Stream)) {
+func (s *Session) take(st *Stream, name string, err error, handle func(*Stream)) {
 	if err == nil && name == "" {
 		err = errors.New("a second stream of words")
 	}
-	if err == nil && s.Streams() >= s.o.MaxStreams {
+	if err == nil && s.Streams() > s.o.MaxStreams {
 		err = ErrFull
 	}
 	if err != nil {
 		s.o.Log.Debug("stream not taken", zap.Error(err))
-		if s.words != nil {
-			_ = s.words.say(wordReset, y.StreamID()) // the session has ended where it fails
-		}
-		_ = y.Close() // it returns nil
+		st.Abort()
 		return
 	}
-	handle(s.register(y, name, false))
+	st.service = name
+	handle(st)
 }
 
 // readName reads the length and the name behind it.
@@ -299,6 +305,20 @@ func (s *Session) Streams() int {
 	return len(s.streams)
 }
 
+// Settled tells whether a stream is open that has been so for longer than age, or
+// that has moved more than bytes: one that others had better not wait behind.
+func (s *Session) Settled(age time.Duration, bytes int64) bool {
+	now := time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, st := range s.streams {
+		if now.Sub(st.born) > age || st.Moved() > bytes {
+			return true
+		}
+	}
+	return false
+}
+
 // GoAway tells the peer that no more streams are taken. Those that are open go
 // on.
 func (s *Session) GoAway() error {
@@ -309,7 +329,7 @@ func (s *Session) GoAway() error {
 }
 
 // Ping asks the peer for a sign of life and returns how long that took. It
-// gives up after a minute, or when the session has ended.
+// gives up after Options.Timeout, or when the session has ended.
 func (s *Session) Ping() (time.Duration, error) {
 	d, err := s.mux.Ping()
 	if err != nil {

@@ -60,6 +60,18 @@ func within(t *testing.T, what string, f func()) {
 	}
 }
 
+// until waits for what real connections do, of which nobody is told.
+func until(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	within(t, what, func() {
+		for !done() {
+			<-tick.C
+		}
+	})
+}
+
 func open(t *testing.T, s *Session, service string) *Stream {
 	t.Helper()
 	st, err := s.Open(service)
@@ -109,11 +121,7 @@ func TestHalfClose(t *testing.T) {
 		t.Errorf("%d bytes moved, want 17", a.Moved())
 	}
 	_, _ = a.Close(), b.Close()
-	within(t, "both ends forget the stream", func() {
-		for near.Streams()+far.Streams() > 0 {
-			time.Sleep(time.Millisecond) //nolint:forbidigo // real connections: there is nothing to wait on
-		}
-	})
+	until(t, "both ends forget the stream", func() bool { return near.Streams()+far.Streams() == 0 })
 }
 
 // A reset is no clean end, and comes behind what was written before it.
@@ -249,11 +257,7 @@ func TestRefusals(t *testing.T) {
 		}
 		st.Abort()
 	}
-	within(t, "the refused streams are forgotten", func() {
-		for near.Streams() > 0 {
-			time.Sleep(time.Millisecond) //nolint:forbidigo // real connections: there is nothing to wait on
-		}
-	})
+	until(t, "the refused streams are forgotten", func() bool { return near.Streams() == 0 })
 }
 
 // A far side that does not answer does not hold a stream for ever, and its

@@ -63,6 +63,7 @@ type Stream struct {
 	s       *Session
 	id      uint32
 	service string
+	born    time.Time
 
 	unanswered bool // of the side that opened it; the reader's
 	moved      atomic.Int64
@@ -79,7 +80,7 @@ type Stream struct {
 
 func newStream(s *Session, y *yamux.Stream, service string, dialled bool) *Stream {
 	return &Stream{
-		y: y, s: s, id: y.StreamID(), service: service, unanswered: dialled,
+		y: y, s: s, id: y.StreamID(), service: service, born: time.Now(), unanswered: dialled,
 		ended: make(chan struct{}), reset: make(chan struct{}), stopped: make(chan struct{}),
 	}
 }
@@ -233,6 +234,9 @@ func (st *Stream) say(w word) error {
 
 // told notes what the peer says.
 func (st *Stream) told(w word) {
+	if w == wordReset {
+		st.cut() // before the reader is told
+	}
 	st.mu.Lock()
 	if st.theirs == 0 {
 		close(st.ended)
@@ -240,7 +244,6 @@ func (st *Stream) told(w word) {
 	st.theirs = max(st.theirs, w)
 	st.mu.Unlock()
 	if w == wordReset {
-		st.cut()
 		_ = st.y.SetWriteDeadline(time.Unix(1, 0)) // whoever waits for a window waits in vain
 	}
 	st.leave()
