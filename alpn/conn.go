@@ -5,11 +5,13 @@ import (
 	"errors"
 	"io"
 	"net"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"culvert/certs"
+	"culvert/internal/alert"
 	"culvert/internal/pipe"
 	"culvert/internal/sockopt"
 )
@@ -94,7 +96,8 @@ func (c *Conn) TCP() *net.TCPConn {
 // A RefusedError is an alert of the far side. In TLS 1.3 a dialler learns only
 // by reading that its certificate was refused.
 type RefusedError struct {
-	Err error // names the alert
+	Alert byte  // its description, RFC 8446 section 6; 0 is unknown
+	Err   error // names it
 }
 
 func (e *RefusedError) Error() string { return "refused by the far side: " + e.Err.Error() }
@@ -105,13 +108,28 @@ func (e *RefusedError) Unwrap() error { return e.Err }
 // Refused is for callers that know the error by its method alone.
 func (e *RefusedError) Refused() bool { return true }
 
+// Answered says that the alert is the far side's own, which refuses whichever way
+// it is reached. A gateway on the way there says no more than that it has no route,
+// or an internal error.
+func (e *RefusedError) Answered() bool {
+	return e.Alert != 0 && e.Alert != alert.UnrecognizedName && e.Alert != alert.InternalError
+}
+
 // refused marks the error that crypto/tls makes of an alert.
 func refused(err error) error {
 	var op *net.OpError
 	if errors.As(err, &op) && op.Op == "remote error" {
-		return &RefusedError{Err: op.Err}
+		return &RefusedError{Alert: description(op.Err), Err: op.Err}
 	}
 	return err
+}
+
+// description is the number of an alert. Its type is crypto/tls's own, and a byte.
+func description(alert error) byte {
+	if v := reflect.ValueOf(alert); v.Kind() == reflect.Uint8 {
+		return byte(v.Uint()) //nolint:gosec // it is one
+	}
+	return 0
 }
 
 // A wire is the connection beneath TLS. It serves what was peeked first, counts

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"culvert/certs"
+	"culvert/internal/alert"
 	"culvert/internal/memnet"
 	"culvert/internal/testpki"
 	"culvert/internal/testtcp"
@@ -89,8 +90,7 @@ func TestRefusalComesFromRead(t *testing.T) {
 	}
 	defer c.Abort()
 	_, err = c.Read(make([]byte, 1))
-	var alert *RefusedError
-	if !errors.As(err, &alert) || !strings.Contains(err.Error(), "bad certificate") {
+	if !errors.As(err, new(*RefusedError)) || !strings.Contains(err.Error(), "bad certificate") {
 		t.Errorf("Read: %v, want the alert", err)
 	}
 }
@@ -102,10 +102,33 @@ func TestDialNoCommonProtocol(t *testing.T) {
 	client, server := testtcp.Pair(t)
 	s.accept.serve(t, server)
 	_, err := d.Dial(t.Context(), client, aliceName, "other")
-	if !errors.As(err, new(*RefusedError)) || !strings.Contains(err.Error(), "no application protocol") {
+	var why *RefusedError
+	if !errors.As(err, &why) || why.Alert != alert.NoApplicationProtocol || !strings.Contains(err.Error(), "no application protocol") {
 		t.Errorf("Dial: %v, want the alert", err)
 	}
 	s.accept.wantRefused(t, reasonUnknownALPN)
+}
+
+// Who has refused is told by the alert: a gateway has no other reasons than these.
+func TestWhoHasRefused(t *testing.T) {
+	s := newSite(t)
+	for description, answered := range map[byte]bool{
+		alert.UnrecognizedName: false, alert.InternalError: false,
+		alert.NoApplicationProtocol: true, alert.DecodeError: true,
+	} {
+		client, server := testtcp.Pair(t)
+		done := make(chan struct{})
+		go func() { defer close(done); alert.Refuse(server, description) }()
+		_, err := s.dialer.Dial(t.Context(), client, aliceName, "rpc")
+		var why *RefusedError
+		if !errors.As(err, &why) || why.Alert != description || why.Answered() != answered {
+			t.Errorf("alert %d: %#v, want answered %v", description, why, answered)
+		}
+		<-done
+	}
+	if (&RefusedError{Err: errors.New("of another kind")}).Answered() {
+		t.Error("an alert that is not known says that the far side has answered")
+	}
 }
 
 func TestDialUnknownService(t *testing.T) {

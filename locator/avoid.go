@@ -1,6 +1,7 @@
 package locator
 
 import (
+	"errors"
 	"maps"
 	"time"
 
@@ -44,12 +45,25 @@ func (a *avoidance) over(now time.Time) bool {
 	return true
 }
 
+// An answered error says of itself that it is the answer of whoever the path led
+// to.
+type answered interface {
+	error
+	Answered() bool
+}
+
 // Report tells how a connection fared after it had been dialled: err, or nil if
 // the peer itself answered. A gateway behind which a peer was not reached is
 // tried later for that peer for ten seconds, and for longer the more failures
 // follow each other.
+//
+// An error with a method Answered that returns true is a peer that was reached and
+// refuses. It counts neither against the path, as others lead to the same peer, nor
+// for it, as who refuses has not proved who it is. Where any server of a datacenter
+// will do it counts as a failure: the next one may not refuse.
 func (l *Locator) Report(to catalog.Key, path Path, err error) {
-	if path.Gateway == "" {
+	var why answered
+	if path.Gateway == "" || to.Node != "" && errors.As(err, &why) && why.Answered() {
 		return
 	}
 	now := time.Now()

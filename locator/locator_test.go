@@ -203,6 +203,41 @@ func TestReportAvoidsAGatewayForOnePeer(t *testing.T) {
 	})
 }
 
+// answeredError is of the far side's own making, or not.
+type answeredError bool
+
+func (e answeredError) Error() string  { return "refused" }
+func (e answeredError) Answered() bool { return bool(e) }
+
+// A peer that refuses was reached: the gateway is neither avoided for it nor
+// forgiven for what it did before. Of any server another one may not refuse.
+func TestReportOfAnAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, _ := newLocator(t, federated(), newNetwork(allOf(answers)))
+		bob, through := key("dc2", "bob"), Path{KindLocal, gw1, gw1}
+		avoided := func(to catalog.Key) int {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return len(l.avoided(to))
+		}
+		refusal := fmt.Errorf("handshake: %w", answeredError(true))
+		l.Report(bob, through, refusal)
+		if avoided(bob) != 0 {
+			t.Error("the gateway is avoided for a peer that refuses")
+		}
+		l.Report(bob, through, answeredError(false))
+		l.Report(bob, through, refusal)
+		if avoided(bob) != 1 {
+			t.Error("the gateway is not avoided although the refusal was its own")
+		}
+		here := key("dc1", "")
+		l.Report(here, Path{KindDirect, amySidecar, amySidecar}, refusal)
+		if avoided(here) != 1 {
+			t.Error("of any server the one that refuses is not avoided")
+		}
+	})
+}
+
 func TestFollowsTheCatalog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNetwork(map[string]way{gw1: answers, gw2: answers, gw3: answers, bobSidecar: answers})

@@ -106,7 +106,8 @@ type handshake func(ctx context.Context, raw net.Conn, name string) (*alpn.Conn,
 
 // dialPeer connects to a peer's sidecar by whatever path there is, and makes
 // sure that it is that peer's. A gateway that has not heard of the peer yet says so
-// by an alert, and the next one is asked at once.
+// by an alert, and the next one is asked at once. A peer that refuses by one is not
+// asked again.
 func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, shake handshake) (*alpn.Conn, error) {
 	const tries = 3
 	for try := 1; ; try++ {
@@ -114,8 +115,8 @@ func (s *Sidecar) dialPeer(ctx context.Context, to catalog.Key, shake handshake)
 		if err == nil {
 			return c, nil
 		}
-		_, refused := errors.AsType[*alpn.RefusedError](err)
-		if !refused || path.Gateway == "" || try == tries || ctx.Err() != nil {
+		why, refused := errors.AsType[*alpn.RefusedError](err)
+		if !refused || why.Answered() || path.Gateway == "" || try == tries || ctx.Err() != nil {
 			return nil, err
 		}
 	}
