@@ -44,6 +44,10 @@ func testNomad(t *testing.T, w way, raftMultiplier int) {
 	if w.redirect && changes != 0 {
 		t.Errorf("restarts of sidecars have cost %d leaders, want none with redirect", changes)
 	}
+	lost := f.loseASidecar()
+	if wanted := !w.redirect && raftMultiplier == 0; lost != wanted {
+		t.Errorf("without its sidecar the leader was lost: %v, want %v", lost, wanted)
+	}
 	f.seeEachOther()
 	f.askEachOther()
 	f.runJobs("after")
@@ -142,6 +146,9 @@ func (f *nomadFederation) askEachOther() {
 	f.t.Helper()
 	all(f.t, settle, f.agents, func(n *nomad) error {
 		there := f.Sites[1-n.at].Name
+		if client := f.clients[1-n.at]; client.Ended() {
+			f.t.Fatalf("the client of %s has ended:\n%s", there, client.Tail(2000))
+		}
 		out, err := n.Do("node status", "-region="+there)
 		if err == nil && (!strings.Contains(out, "worker-"+there) || !strings.Contains(out, " ready") || strings.Contains(out, "worker-"+n.Site)) {
 			err = fmt.Errorf("nodes of %s seen from %s:\n%s", there, n.Node, out)
@@ -249,6 +256,30 @@ func (f *nomadFederation) restartSidecars() (changes int) {
 			n.Node, role, n.Site, before, after, leader, f.leader(n.at), took.Round(time.Millisecond))
 	}
 	return changes
+}
+
+// loseASidecar has the leader of dc1 without its sidecar for a second, and tells
+// whether that has cost it its office. Raft's lease is half a second, times the
+// multiplier.
+func (f *nomadFederation) loseASidecar() bool {
+	f.t.Helper()
+	const away = time.Second
+	before, leader := f.terms(), f.leader(0)
+	i := slices.IndexFunc(f.agents, func(n *nomad) bool { return n.Advertise == leader.Addr() })
+	if i < 0 {
+		f.t.Fatalf("nobody is at %v", leader)
+	}
+	n := f.agents[i]
+	n.sidecar.Kill()
+	lab.Wait(away)
+	n.sidecar.Again()
+	n.sidecar.AwaitReady()
+	lab.Wait(5 * time.Second)
+	took := all(f.t, settle, f.agents, f.seesAll)
+	after := f.terms()
+	f.t.Logf("%s, the leader of %s, was without its sidecar for %v: terms %v before and %v after, leader %v before and %v after, all well after %v",
+		n.Node, n.Site, away, before, after, leader, f.leader(0), took.Round(time.Millisecond))
+	return before[0] != after[0]
 }
 
 // terms are the terms of both regions.
