@@ -54,7 +54,7 @@ func inPath(program string) bool {
 // Require skips a test on a machine that cannot run it, and says why; with
 // CULVERT_E2E=require it fails it. Every end-to-end test calls it first: the
 // count of tests in the source is the count of its callers.
-func Require(t *testing.T) {
+func Require(t testing.TB) {
 	t.Helper()
 	ran.Add(1)
 	lack := Missing()
@@ -79,6 +79,10 @@ func Counts() (run, skip int64) { return ran.Load(), skipped.Load() }
 type Options struct {
 	HostsA, HostsB int
 	IPv6           bool
+
+	// WAN makes a device wan0 on each of the gateways' hosts, and what is between
+	// them; nil: a pair of veth devices.
+	WAN func(a, b *Host)
 }
 
 // A Network is two sites and the link between them.
@@ -127,7 +131,7 @@ func TwoSites(t testing.TB, o Options) *Network {
 		}
 		n.Sites[i] = site
 	}
-	n.wire()
+	n.wire(o.WAN)
 	return n
 }
 
@@ -182,9 +186,14 @@ func (h *Host) reap() {
 }
 
 // wire makes the links and addresses.
-func (n *Network) wire() {
+func (n *Network) wire(wan func(a, b *Host)) {
 	a, b := n.Sites[0].Gateway, n.Sites[1].Gateway
-	links := []string{fmt.Sprintf("link add name wan0 netns %s type veth peer name wan0 netns %s", a.NS, b.NS)}
+	var links []string
+	if wan != nil {
+		wan(a, b)
+	} else {
+		links = append(links, fmt.Sprintf("link add name wan0 netns %s type veth peer name wan0 netns %s", a.NS, b.NS))
+	}
 	for _, site := range n.Sites {
 		gw := site.Gateway
 		up := []string{"link set lo up", "link add name br0 type bridge", "link set br0 up"}
