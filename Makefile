@@ -7,6 +7,7 @@ CACHE       := $(CURDIR)/.cache
 BIN         := $(CURDIR)/bin
 FUZZTIME    ?= 15s
 BENCHTIME   ?= 1s
+ROUNDS      ?= 5
 GO          ?= go
 # The race detector needs a C compiler. Where there is none tests run without
 # it, and say so; `make check` insists.
@@ -107,6 +108,11 @@ fuzz: ## Each fuzz target for FUZZTIME (15s)
 .PHONY: bench
 bench: ## Benchmarks of the hot paths (BENCHTIME=1s)
 	@$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...
+
+# Part of `make bench` too, where each has a single round.
+.PHONY: bench-link
+bench-link: build e2e-tools ## Streams and packets across an emulated WAN link, beside plain TCP (ROUNDS=5, root)
+	@CULVERT_E2E=require $(GO) test -run '^$$' -bench . -benchtime $(ROUNDS)x -timeout 30m ./test/link
 
 .PHONY: soak
 soak: ## The test of a primary that is away, for five minutes (root)
