@@ -114,6 +114,19 @@ bench: ## Benchmarks of the hot paths (BENCHTIME=1s)
 bench-link: build e2e-tools ## Streams and packets across an emulated WAN link, beside plain TCP (ROUNDS=5, root)
 	@CULVERT_E2E=require $(GO) test -run '^$$' -bench . -benchtime $(ROUNDS)x -timeout 30m ./test/link
 
+# What Culvert is compared with comes from Debian, as the gateways of `interop` do.
+.PHONY: peers
+peers: gateways
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v stunnel4 >/dev/null; then \
+		echo "fetching stunnel4"; \
+		(apt-get update && apt-get install -y --no-install-recommends stunnel4) >/dev/null 2>&1 \
+			|| echo "it could not be installed: its rows will say so"; \
+	fi
+
+.PHONY: bench-peers
+bench-peers: build peers ## Culvert beside HAProxy, nginx and stunnel (TOPIC=gateway-bulk,... ROUNDS=5)
+	@$(GO) run ./test/bench --culvert $(BIN)/culvert --rounds $(ROUNDS) $(if $(TOPIC),--topic $(TOPIC))
+
 .PHONY: soak
 soak: ## The test of a primary that is away, for five minutes (root)
 	@CULVERT_E2E=require CULVERT_SOAK=5m $(GO) test -count=1 -timeout 15m -v -run TestFederationWithoutItsPrimary ./test

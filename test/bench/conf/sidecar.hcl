@@ -1,0 +1,15 @@
+datacenter = "dc1"
+node       = "alice"
+server { hairpin = false }
+service "bench" {
+  kind  = "stream"
+  port  = {{.Port}}
+  local = "{{.Local}}"
+}
+listen { address = "{{.Listen}}" }
+tls {
+  ca_file   = "ca.pem"
+  cert_file = "cert.pem"
+  key_file  = "key.pem"
+}
+admin { address = "{{.Admin}}" }
