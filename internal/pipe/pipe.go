@@ -112,6 +112,7 @@ func (j *joined) run(d, other *direction) {
 		// up: the kernel gives it to one call alone, and to the next an end.
 		read = syscall.ECONNRESET
 	}
+	first := read != nil && j.first(read) // before the other direction, which may wait for this, goes on
 	close(d.moved)
 	if read == nil && write == nil {
 		if j.failing() {
@@ -127,8 +128,9 @@ func (j *joined) run(d, other *direction) {
 		j.fail(write, d.src, other.moved)
 	case write != nil:
 		j.fail(write, d.src, nil)
-	case read != nil:
-		j.fail(read, d.dst, nil)
+	case first:
+		j.wind(d.dst, nil)
+	case read != nil: // another's error was the first, and aborts both
 	case !j.finish():
 		j.watch(d, other)
 	}
@@ -163,9 +165,13 @@ func (j *joined) watch(d, other *direction) {
 // closed and all that was handed to the connection that still works, alive, has
 // reached its peer. An abort discards what has not.
 func (j *joined) fail(err error, alive net.Conn, owed <-chan struct{}) {
-	if !j.first(err) {
-		return
+	if j.first(err) {
+		j.wind(alive, owed)
 	}
+}
+
+// wind waits for what must not be lost, and aborts.
+func (j *joined) wind(alive net.Conn, owed <-chan struct{}) {
 	over := make(chan struct{})
 	defer time.AfterFunc(Grace, func() { close(over) }).Stop()
 	if owed != nil {
