@@ -48,6 +48,20 @@ func (c *Conn) Route() Route { return c.route }
 // native protocols exist that lose what follows the first.
 func (c *Conn) Coalesce() bool { return !c.route.Native }
 
+// Pending says whether something that was written still waits in this process for
+// the peer to make room. Only a packet connection keeps anything: its Write takes
+// what it is given and does not wait, and should not be called again before Flush.
+func (c *Conn) Pending() bool { return c.wire.eager != nil && c.wire.eager.pending() }
+
+// Flush waits until nothing is pending any more, at most until the write deadline.
+// An error leaves the connection of no use.
+func (c *Conn) Flush() error {
+	if c.wire.eager == nil {
+		return nil
+	}
+	return c.wire.eager.flush()
+}
+
 // Version is the negotiated version for display, such as "TLS 1.3".
 func (c *Conn) Version() string { return tls.VersionName(c.ConnectionState().Version) }
 
@@ -139,6 +153,7 @@ type wire struct {
 	peeked  []byte
 	metrics *Metrics
 	ended   atomic.Bool
+	eager   *eager // nil: writes wait
 
 	mu      sync.Mutex // orders changes of the write deadline
 	patient bool       // in CloseWrite
@@ -169,8 +184,12 @@ func (w *wire) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (w *wire) Write(p []byte) (int, error) {
-	n, err := w.raw.Write(p)
+func (w *wire) Write(p []byte) (n int, err error) {
+	if w.eager != nil {
+		n, err = w.eager.write(p)
+	} else {
+		n, err = w.raw.Write(p)
+	}
 	w.metrics.wireOut.Add(float64(n))
 	return n, err
 }

@@ -216,6 +216,9 @@ func finish(t *tls.Conn, w *wire, route Route, creds Credentials, log *zap.Logge
 	if err := w.raw.SetDeadline(time.Time{}); err != nil {
 		return nil, fmt.Errorf("clear handshake deadline: %w", err)
 	}
+	if route.Kind == KindPacket {
+		w.eager = newEager(w.raw)
+	}
 	return &Conn{Conn: t, wire: w, peer: peer, route: route}, nil
 }
 

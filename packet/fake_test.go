@@ -80,7 +80,7 @@ func (d *deadline) wait(changed <-chan struct{}) error {
 	return nil
 }
 
-// testConn is one end of a connection in memory. Its writes never wait, unless it is blocked, and are recorded.
+// testConn is one end of a connection in memory. Its writes are pending while it is blocked, and recorded.
 type testConn struct {
 	net.Conn // for the methods that nobody calls
 	in, out  *half
@@ -90,6 +90,8 @@ type testConn struct {
 
 	mu     sync.Mutex
 	writes [][]byte
+	kept   []byte // written while it was blocked
+	lost   bool   // what is written gets nowhere
 }
 
 func testPair(coalesce bool) (a, b *testConn) {
@@ -127,32 +129,69 @@ func (c *testConn) Read(p []byte) (int, error) {
 
 func (c *testConn) Write(p []byte) (int, error) {
 	h := c.out
+	h.mu.Lock()
+	err, blocked := h.err, h.blocked
+	if err == nil && h.eof {
+		err = syscall.EPIPE
+	}
+	h.mu.Unlock()
+	if err != nil {
+		return 0, err
+	}
+	c.mu.Lock()
+	c.writes = append(c.writes, bytes.Clone(p))
+	if c.lost {
+		c.mu.Unlock()
+		return len(p), nil
+	}
+	if blocked || len(c.kept) > 0 {
+		c.kept = append(c.kept, p...)
+		p = nil
+	}
+	c.mu.Unlock()
+	n := len(p)
+	h.update(func() { h.buf = append(h.buf, p...) })
+	return n, nil
+}
+
+func (c *testConn) Pending() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.kept) > 0
+}
+
+func (c *testConn) Flush() error {
+	h := c.out
 	for {
 		h.mu.Lock()
 		err, changed, blocked := h.err, h.changed, h.blocked
-		if err == nil && h.eof {
-			err = syscall.EPIPE
-		}
 		h.mu.Unlock()
 		if err != nil {
-			return 0, err
+			return err
 		}
 		if !blocked {
 			break
 		}
 		if err := c.write.wait(changed); err != nil {
-			return 0, err
+			return err
 		}
 	}
-	h.update(func() { h.buf = append(h.buf, p...) })
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.writes = append(c.writes, bytes.Clone(p))
-	return len(p), nil
+	kept := c.kept
+	c.kept = nil
+	c.mu.Unlock()
+	h.update(func() { h.buf = append(h.buf, kept...) })
+	return nil
 }
 
-// block makes the writes of c wait until unblock.
-func (c *testConn) block()   { c.out.update(func() { c.out.blocked = true }) }
+// block keeps what is written to c until unblock.
+func (c *testConn) block() { c.out.update(func() { c.out.blocked = true }) }
+
+func (c *testConn) swallow() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.lost = true
+}
 func (c *testConn) unblock() { c.out.update(func() { c.out.blocked = false }) }
 
 func (c *testConn) recorded() [][]byte {
@@ -217,13 +256,13 @@ func newBed(t *testing.T, coalesce bool, o LinkOptions) *bed {
 		return near, nil
 	}, o)
 	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- b.Run(ctx) }()
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = b.o.Pulse.Run(ctx) })
+	b.Start(ctx)
 	b.stop = sync.OnceFunc(func() {
+		b.Stop()
 		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("Run: %v", err)
-		}
+		wg.Wait()
 	})
 	t.Cleanup(b.stop)
 	return b

@@ -13,14 +13,14 @@ import (
 func TestLinkStalledPeerDelaysNoOther(t *testing.T) {
 	inBubble(t, "stall", func(t *testing.T) {
 		stuck, good := newBed(t, true, LinkOptions{}), newBed(t, true, LinkOptions{})
-		stuck.Send([]byte("first"))
-		good.Send([]byte("first"))
+		stuck.Send([]byte("first"), false)
+		good.Send([]byte("first"), false)
 		stuckFar, far := stuck.peer(t), good.peer(t)
 		(<-stuck.dialled).block()
 		want := []string{"first"}
 		for i := range 50 {
-			stuck.Send([]byte("lost"))
-			good.Send(fmt.Append(nil, i))
+			stuck.Send([]byte("lost"), false)
+			good.Send(fmt.Append(nil, i), false)
 			want = append(want, fmt.Sprint(i))
 		}
 		wantFrames(t, far, want...) // no time has passed
@@ -34,7 +34,7 @@ func TestLinkStalledPeerDelaysNoOther(t *testing.T) {
 		if st := stuck.Status(); !strings.Contains(st.LastError, "write frame") {
 			t.Fatalf("last error %q", st.LastError)
 		}
-		stuck.Send([]byte("next"))
+		stuck.Send([]byte("next"), false)
 		wantFrames(t, stuck.peer(t), "next")
 		stuck.wantDrops(t, map[string]uint64{"expired": 50})
 	})
@@ -45,7 +45,7 @@ func TestLinkNoticesClosedConnection(t *testing.T) {
 		for _, quiet := range []time.Duration{2 * time.Second, 30 * time.Second} {
 			inBubble(t, fmt.Sprint(coalesce, quiet), func(t *testing.T) {
 				b := newBed(t, coalesce, LinkOptions{})
-				b.Send([]byte("1"))
+				b.Send([]byte("1"), false)
 				far := b.peer(t)
 				wantFrames(t, far, "1")
 				after(quiet)
@@ -60,7 +60,7 @@ func TestLinkNoticesClosedConnection(t *testing.T) {
 				if n := b.dials.Load(); n != wantDials {
 					t.Fatalf("%d dials after the end, want %d", n, wantDials)
 				}
-				b.Send([]byte("2"))
+				b.Send([]byte("2"), false)
 				wantFrames(t, b.peer(t), "2")
 				b.wantDrops(t, map[string]uint64{})
 			})
@@ -71,7 +71,7 @@ func TestLinkNoticesClosedConnection(t *testing.T) {
 func TestLinkRedialsFlappingPeerWithBackoff(t *testing.T) {
 	inBubble(t, "flap", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
-		b.Send([]byte("x"))
+		b.Send([]byte("x"), false)
 		until := time.Now().Add(5 * time.Second)
 		for time.Now().Before(until) {
 			select {
@@ -93,13 +93,13 @@ func TestLinkRedialsFlappingPeerWithBackoff(t *testing.T) {
 func TestLinkRetriesOnce(t *testing.T) {
 	inBubble(t, "reset while writing", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
-		b.Send([]byte("first"))
+		b.Send([]byte("first"), false)
 		far, near := b.peer(t), <-b.dialled
 		after(time.Minute / 2)
 		near.block()
-		b.Send([]byte("a"))
+		b.Send([]byte("a"), false)
 		synctest.Wait()
-		b.Send([]byte("b"))
+		b.Send([]byte("b"), false)
 		far.Abort()
 		wantFrames(t, b.peer(t), "a", "b")
 		b.wantDrops(t, map[string]uint64{})
@@ -109,11 +109,11 @@ func TestLinkRetriesOnce(t *testing.T) {
 	})
 	inBubble(t, "twice", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
-		b.Send([]byte("first"))
+		b.Send([]byte("first"), false)
 		far, near := b.peer(t), <-b.dialled
 		after(30 * time.Second)
 		near.block()
-		b.Send([]byte("a"))
+		b.Send([]byte("a"), false)
 		synctest.Wait()
 		b.hang.Store(true) // so that the second connection can be blocked before its first write
 		far.Abort()
@@ -132,7 +132,7 @@ func TestLinkRetriesOnce(t *testing.T) {
 func TestLinkRefused(t *testing.T) {
 	inBubble(t, "closed unanswered", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
-		b.Send([]byte("lost"))
+		b.Send([]byte("lost"), false)
 		synctest.Wait()
 		far := <-b.peers
 		b.wantState(t, stateDialing)
@@ -154,7 +154,7 @@ func TestLinkRefused(t *testing.T) {
 	})
 	inBubble(t, "no answer", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
-		b.Send([]byte("lost"))
+		b.Send([]byte("lost"), false)
 		after(answerTimeout - time.Millisecond)
 		b.wantState(t, stateDialing)
 		after(time.Millisecond)
@@ -165,11 +165,11 @@ func TestLinkRefused(t *testing.T) {
 	})
 	inBubble(t, "what it said is kept when a write fails first", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
-		b.Send([]byte("first"))
+		b.Send([]byte("first"), false)
 		synctest.Wait()
 		far, near := <-b.peers, <-b.dialled
 		near.block()
-		b.Send([]byte("x"))
+		b.Send([]byte("x"), false)
 		synctest.Wait()
 		b.fail.Store(true)
 		far.in.update(func() { far.in.err = syscall.EPIPE }) // the write ends, the reason is under way
@@ -187,7 +187,7 @@ func TestLinkClosesOnWhatItDidNotAskFor(t *testing.T) {
 	for _, coalesce := range []bool{true, false} {
 		inBubble(t, fmt.Sprint(coalesce), func(t *testing.T) {
 			b := newBed(t, coalesce, LinkOptions{})
-			b.Send([]byte("x"))
+			b.Send([]byte("x"), false)
 			far := b.peer(t)
 			var sent []byte
 			if coalesce {
@@ -214,11 +214,11 @@ func TestLinkKick(t *testing.T) {
 	inBubble(t, "connection", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
 		b.Kick() // nothing to end
-		b.Send([]byte("1"))
+		b.Send([]byte("1"), false)
 		far, near := b.peer(t), <-b.dialled
 		after(2 * time.Second)
 		near.block()
-		b.Send([]byte("2"))
+		b.Send([]byte("2"), false)
 		synctest.Wait()
 		b.Kick()
 		if err := ended(far); err != syscall.ECONNRESET {
@@ -232,7 +232,7 @@ func TestLinkKick(t *testing.T) {
 	inBubble(t, "dial", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
 		b.hang.Store(true)
-		b.Send([]byte("1"))
+		b.Send([]byte("1"), false)
 		after(time.Second)
 		b.hang.Store(false)
 		b.Kick()

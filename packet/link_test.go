@@ -39,9 +39,9 @@ func TestLinkRecords(t *testing.T) {
 		inBubble(t, tc.name, func(t *testing.T) {
 			b := newBed(t, tc.coalesce, LinkOptions{})
 			b.hang.Store(true)
-			b.Send([]byte("hello"))
+			b.Send([]byte("hello"), false)
 			synctest.Wait()
-			b.Send([]byte{1, 2, 3})
+			b.Send([]byte{1, 2, 3}, false)
 			b.hang.Store(false)
 			b.Kick()
 			after(100 * time.Millisecond)
@@ -63,7 +63,7 @@ func TestLinkCoalescesToOneRecord(t *testing.T) {
 	for _, coalesce := range []bool{true, false} {
 		inBubble(t, fmt.Sprint(coalesce), func(t *testing.T) {
 			b := newBed(t, coalesce, LinkOptions{})
-			b.Send([]byte("first"))
+			b.Send([]byte("first"), false)
 			far := b.peer(t)
 			near := <-b.dialled
 			near.block()
@@ -73,7 +73,7 @@ func TestLinkCoalescesToOneRecord(t *testing.T) {
 			}
 			want[30] = strings.Repeat("x", 20000) // longer than a record: alone
 			for _, p := range want {
-				b.Send([]byte(p))
+				b.Send([]byte(p), false)
 			}
 			synctest.Wait()
 			near.unblock()
@@ -101,7 +101,7 @@ func TestLinkDropsOldestWhenFull(t *testing.T) {
 		b.hang.Store(true)
 		var want []string
 		for i := range 520 {
-			b.Send(fmt.Append(nil, i))
+			b.Send(fmt.Append(nil, i), false)
 			if i >= 8 {
 				want = append(want, fmt.Sprint(i))
 			}
@@ -125,9 +125,9 @@ func TestLinkDropsOld(t *testing.T) {
 	inBubble(t, "2s", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
 		b.hang.Store(true)
-		b.Send([]byte("old"))
+		b.Send([]byte("old"), false)
 		after(time.Second)
-		b.Send([]byte("young"))
+		b.Send([]byte("young"), false)
 		after(1001 * time.Millisecond)
 		b.hang.Store(false)
 		b.Kick()
@@ -142,7 +142,7 @@ func TestLinkQueueOfDeadPeerStaysSmall(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
 		b.fail.Store(true)
 		for range 300 {
-			b.Send([]byte("x"))
+			b.Send([]byte("x"), false)
 			after(100 * time.Millisecond)
 		}
 		if n := b.Status().QueueLen; n > 21 {
@@ -154,11 +154,11 @@ func TestLinkQueueOfDeadPeerStaysSmall(t *testing.T) {
 func TestLinkSendRefusesWhatNoFrameCarries(t *testing.T) {
 	inBubble(t, "sizes", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
-		b.Send(nil)
-		b.Send(make([]byte, MaxPayload+1))
+		b.Send(nil, false)
+		b.Send(make([]byte, MaxPayload+1), false)
 		b.wantDrops(t, map[string]uint64{"empty": 1, "oversize": 1})
 		b.wantState(t, stateIdle)
-		b.Send(make([]byte, MaxPayload))
+		b.Send(make([]byte, MaxPayload), false)
 		wantFrames(t, b.peer(t), string(make([]byte, MaxPayload)))
 	})
 }
@@ -171,7 +171,7 @@ func TestLinkBackoff(t *testing.T) {
 		if b.dials.Load() != 0 {
 			t.Fatal("dialled with nothing to send")
 		}
-		b.Send([]byte("x"))
+		b.Send([]byte("x"), false)
 		b.wantState(t, stateDown)
 		after(30 * time.Second)
 		limit := shortestBackoff
@@ -194,7 +194,7 @@ func TestLinkBackoff(t *testing.T) {
 			t.Fatalf("%d warnings, want one for the whole failure", n)
 		}
 		b.fail.Store(false)
-		b.Send([]byte("y"))
+		b.Send([]byte("y"), false)
 		after(time.Second)
 		wantFrames(t, b.peer(t), "y")
 		b.wantState(t, stateUp)
@@ -205,7 +205,7 @@ func TestLinkDialBudget(t *testing.T) {
 	inBubble(t, "10s", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
 		b.hang.Store(true)
-		b.Send([]byte("x"))
+		b.Send([]byte("x"), false)
 		b.wantState(t, stateDialing)
 		after(defaultDialTimeout - time.Millisecond)
 		if n := b.dials.Load(); n != 1 {
@@ -220,10 +220,10 @@ func TestLinkIdle(t *testing.T) {
 	for _, coalesce := range []bool{true, false} {
 		inBubble(t, fmt.Sprint(coalesce), func(t *testing.T) {
 			b := newBed(t, coalesce, LinkOptions{})
-			b.Send([]byte("1"))
+			b.Send([]byte("1"), false)
 			far := b.peer(t)
 			after(60 * time.Second)
-			b.Send([]byte("2"))
+			b.Send([]byte("2"), false)
 			after(defaultIdleTimeout - time.Millisecond)
 			b.wantState(t, stateUp)
 			if err := ended(far); err != nil {
@@ -239,7 +239,7 @@ func TestLinkIdle(t *testing.T) {
 				t.Fatalf("%d dials, want no new one for an idle link", n)
 			}
 			wantFrames(t, far, "1", "2")
-			b.Send([]byte("3"))
+			b.Send([]byte("3"), false)
 			wantFrames(t, b.peer(t), "3")
 			if st := b.Status(); st.LastError != "" {
 				t.Fatalf("idle is no error: %q", st.LastError)
@@ -251,24 +251,24 @@ func TestLinkIdle(t *testing.T) {
 func TestLinkStop(t *testing.T) {
 	inBubble(t, "graceful", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
-		b.Send([]byte("1"))
+		b.Send([]byte("1"), false)
 		far := b.peer(t)
 		b.stop()
 		if err := ended(far); err != io.EOF {
 			t.Fatalf("ended with %v, want a graceful end", err)
 		}
-		b.Send([]byte("2"))
+		b.Send([]byte("2"), false)
 		b.wantDrops(t, map[string]uint64{"closed": 1})
 		b.wantState(t, stateDown)
 	})
 	inBubble(t, "while writing", func(t *testing.T) {
 		b := newBed(t, true, LinkOptions{})
-		b.Send([]byte("1"))
+		b.Send([]byte("1"), false)
 		far := b.peer(t)
 		(<-b.dialled).block()
-		b.Send([]byte("2"))
+		b.Send([]byte("2"), false)
 		synctest.Wait()
-		b.Send([]byte("3"))
+		b.Send([]byte("3"), false)
 		start := time.Now()
 		b.stop()
 		if d := time.Since(start); d != 0 {
@@ -284,7 +284,7 @@ func TestLinkStop(t *testing.T) {
 			b := newBed(t, true, LinkOptions{})
 			b.fail.Store(fail)
 			b.hang.Store(!fail)
-			b.Send([]byte("1"))
+			b.Send([]byte("1"), false)
 			synctest.Wait()
 			start := time.Now()
 			b.stop()
@@ -300,8 +300,8 @@ func TestLinkMetrics(t *testing.T) {
 	inBubble(t, "counts", func(t *testing.T) {
 		m := NewMetrics(nil)
 		b := newBed(t, true, LinkOptions{Metrics: m})
-		b.Send([]byte("four"))
-		b.Send(nil)
+		b.Send([]byte("four"), false)
+		b.Send(nil, false)
 		b.peer(t)
 		for name, got := range map[string]float64{
 			"frames": testutil.ToFloat64(m.frames.WithLabelValues("out", "dc2", "bob")) - 1,
@@ -320,16 +320,16 @@ func TestSendAllocates(t *testing.T) {
 		l := NewLink(nil, LinkOptions{QueueFrames: 16})
 		p := make([]byte, size)
 		for range 32 {
-			l.Send(p)
+			l.Send(p, false)
 		}
-		if n := testing.AllocsPerRun(200, func() { l.Send(p) }); n != 0 {
+		if n := testing.AllocsPerRun(200, func() { l.Send(p, false) }); n != 0 {
 			t.Errorf("%v allocations for a packet of %d bytes", n, size)
 		}
 		// And where a writer takes them.
 		flight := make([]frame, 0, 16)
 		if n := testing.AllocsPerRun(200, func() {
-			l.Send(p)
-			flight = l.take(flight[:0], true)
+			l.Send(p, false)
+			flight = l.take(flight[:0], true, maxRecord)
 			l.mu.Lock()
 			for _, f := range flight {
 				l.queue.recycle(f)
@@ -393,7 +393,7 @@ func BenchmarkSend(b *testing.B) {
 			b.SetBytes(int64(size))
 			b.ReportAllocs()
 			for b.Loop() {
-				l.Send(p)
+				l.Send(p, false)
 			}
 		})
 	}

@@ -30,7 +30,7 @@ func refuseAll(b *bed, d, delay time.Duration) (sent int) {
 	until, next := time.Now().Add(d), time.Now()
 	for time.Now().Before(until) {
 		if !time.Now().Before(next) {
-			b.Send([]byte("x"))
+			b.Send([]byte("x"), false)
 			sent, next = sent+1, next.Add(100*time.Millisecond)
 		}
 		select {
@@ -87,7 +87,7 @@ func TestNativeRefused(t *testing.T) {
 		refuseAll(b, time.Second, 0)
 		b.wantState(t, stateDown)
 		for len(b.dialled) == 0 {
-			b.Send([]byte("y"))
+			b.Send([]byte("y"), false)
 			after(10 * time.Millisecond)
 		}
 		b.wantState(t, stateDown)
@@ -103,7 +103,7 @@ func TestNativeStays(t *testing.T) {
 		var want []string
 		for i := range 20 {
 			want = append(want, fmt.Sprintf("%02d", i))
-			b.Send([]byte(want[i]))
+			b.Send([]byte(want[i]), false)
 			synctest.Wait()
 			if n := b.Status().QueueLen; n != 0 {
 				t.Fatalf("%d packets wait at %v", n, time.Since(start))
@@ -129,10 +129,10 @@ func TestNativeStays(t *testing.T) {
 	})
 	inBubble(t, "while a write waits", func(t *testing.T) {
 		b := newBed(t, false, LinkOptions{})
-		b.Send([]byte("first"))
+		b.Send([]byte("first"), false)
 		b.peer(t)
 		(<-b.dialled).block()
-		b.Send([]byte("stuck"))
+		b.Send([]byte("stuck"), false)
 		after(stableAfter)
 		b.wantState(t, stateUp)
 		if n := b.Status().PacketsSent; n != 1 {
@@ -165,7 +165,7 @@ func TestNativeEnds(t *testing.T) {
 	} {
 		inBubble(t, tc.name, func(t *testing.T) {
 			b := newBed(t, false, LinkOptions{})
-			b.Send([]byte("1"))
+			b.Send([]byte("1"), false)
 			far := b.peer(t)
 			after(tc.after)
 			tc.end(far)
@@ -182,13 +182,13 @@ func TestNativeEnds(t *testing.T) {
 	}
 	inBubble(t, "a write fails, and the second passes meanwhile", func(t *testing.T) {
 		b := newBed(t, false, LinkOptions{})
-		b.Send([]byte("1"))
+		b.Send([]byte("1"), false)
 		synctest.Wait()
 		near := <-b.dialled
 		after(stableAfter - lastWords/2)
 		b.fail.Store(true)
 		near.out.update(func() { near.out.err = syscall.EPIPE })
-		b.Send([]byte("2"))
+		b.Send([]byte("2"), false)
 		after(lastWords)
 		b.wantState(t, stateDown)
 		if st := b.Status(); st.PacketsSent != 0 || !strings.HasPrefix(st.LastError, "write frame: ") {
@@ -197,7 +197,7 @@ func TestNativeEnds(t *testing.T) {
 	})
 	inBubble(t, "kicked", func(t *testing.T) {
 		b := newBed(t, false, LinkOptions{})
-		b.Send([]byte("1"))
+		b.Send([]byte("1"), false)
 		b.peer(t)
 		b.Kick()
 		b.wantState(t, stateDown)
@@ -213,6 +213,8 @@ type tlsConn struct {
 
 func (c tlsConn) Coalesce() bool { return false }
 func (c tlsConn) Abort()         { c.wire.Abort() }
+func (c tlsConn) Pending() bool  { return false }
+func (c tlsConn) Flush() error   { return nil }
 
 // With crypto/tls a refusal comes after the handshake, and a read goes on after its deadline.
 func TestNativeOverTLS(t *testing.T) {
@@ -241,7 +243,7 @@ func TestNativeOverTLS(t *testing.T) {
 				})
 				return tlsConn{c, x}, c.HandshakeContext(ctx)
 			}
-			b.Send([]byte("x"))
+			b.Send([]byte("x"), false)
 			after(2 * time.Second)
 			if refused {
 				b.wantState(t, stateDown)

@@ -18,8 +18,9 @@ import (
 const (
 	defaultReceiveIdle = 150 * time.Second
 
-	// answerWriteTimeout is the budget of the acceptor's empty frame.
-	answerWriteTimeout = 5 * time.Second
+	// idleGrain is the part of the idle limit that a connection may be closed early by: to set a deadline for each
+	// packet would cost more than to read it.
+	idleGrain = 50
 	// lingerTimeout is how long a stopping receiver still takes what its peer had under way.
 	lingerTimeout = time.Second
 )
@@ -81,14 +82,20 @@ func NewReceiver(o ReceiverOptions) *Receiver {
 // the connection or is idle for too long, which are no errors. When ctx ends Serve tells the peer to stop, takes
 // what is under way for a second at most, and returns nil. It owns c and closes it.
 //
+// If the peer offers so, what link has to send goes out on c; nil: there is no link to the peer.
+//
 // Deliver must not keep the payload. Its error drops the packet: one that wraps a [Reason] is counted as that,
 // any other as [ReasonDeliverError]; neither ends the connection. From must be the verified identity of the
 // peer; nothing is kept for one all of whose packets are dropped as [ReasonUnknownPeer] or [ReasonNoNode].
-func (r *Receiver) Serve(ctx context.Context, c Conn, from catalog.Key, deliver func(payload []byte) error) error {
-	in := &inbound{Conn: c, idle: r.idle}
+func (r *Receiver) Serve(ctx context.Context, c Conn, from catalog.Key, link *Link, deliver func(payload []byte) error) error {
+	in := &inbound{Conn: c, idle: r.idle, link: link, feed: feed{r: r, from: from, deliver: deliver}}
 	stop := onDone(ctx, in.drain)
 	defer stop() // after the connection is closed: a drain that waits for the peer ends with it
-	err := r.serve(in, from, deliver)
+	err := in.serve()
+	if in.session != nil {
+		in.session.end(err)
+		return nil // the link tells it
+	}
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, os.ErrDeadlineExceeded) {
 		c.Abort()
 		return err
@@ -97,54 +104,45 @@ func (r *Receiver) Serve(ctx context.Context, c Conn, from catalog.Key, deliver 
 	return nil
 }
 
-func (r *Receiver) serve(in *inbound, from catalog.Key, deliver func([]byte) error) error {
-	if in.Coalesce() {
-		_ = in.SetWriteDeadline(time.Now().Add(answerWriteTimeout)) // a closed connection shows in the write
-		if _, err := in.Write(AppendFrame(nil, nil)); err != nil {
-			return fmt.Errorf("answer: %w", err)
-		}
-	}
-	frames := NewReader(in)
-	var src *source
-	var skipped uint64
-	for {
-		p, err := frames.Next()
-		if n := frames.Skipped(); n != skipped {
-			r.drop(src, ReasonOversize, n-skipped)
-			skipped = n
-		}
-		if err != nil {
-			return fmt.Errorf("read frame: %w", err)
-		}
-		if len(p) == 0 {
-			continue
-		}
-		src = r.deliver(src, from, p, deliver)
+// feed is what one connection brings: it hands that to the local server, and counts.
+type feed struct {
+	r       *Receiver
+	from    catalog.Key
+	deliver func([]byte) error
+	src     *source // nil: not known yet
+	large   uint64  // frames skipped, counted
+}
+
+// skipped counts the frames that a reader has skipped since the last time.
+func (f *feed) skipped(by *Reader) {
+	if n := by.Skipped(); n != f.large {
+		f.r.drop(f.src, ReasonOversize, n-f.large)
+		f.large = n
 	}
 }
 
-// deliver hands on one packet and counts it.
-func (r *Receiver) deliver(src *source, from catalog.Key, p []byte, deliver func([]byte) error) *source {
-	err := deliver(p)
+// take hands on one packet and counts it.
+func (f *feed) take(p []byte) {
+	err := f.deliver(p)
 	if err == nil {
-		src = r.source(src, from)
-		src.packets.Add(1)
-		src.bytes.Add(uint64(len(p)))
-		src.in.add(1, uint64(len(p)))
-		return src
+		f.src = f.r.source(f.src, f.from)
+		f.src.packets.Add(1)
+		f.src.bytes.Add(uint64(len(p)))
+		f.src.in.add(1, uint64(len(p)))
+		return
 	}
 	var reason Reason
 	if !errors.As(err, &reason) {
 		reason = ReasonDeliverError
-		r.log.Debug("packet not delivered", zap.Stringer("peer", from), zap.Error(err))
+		f.r.log.Debug("packet not delivered", zap.Stringer("peer", f.from), zap.Error(err))
 	}
 	if reason == ReasonUnknownPeer || reason == ReasonNoNode {
-		r.drop(nil, reason, 1)
-		return nil
+		f.r.drop(nil, reason, 1)
+		f.src = nil
+		return
 	}
-	src = r.source(src, from)
-	r.drop(src, reason, 1)
-	return src
+	f.src = f.r.source(f.src, f.from)
+	f.r.drop(f.src, reason, 1)
 }
 
 // drop counts n packets, for the peer too unless src is nil.
@@ -201,20 +199,62 @@ func (r *Receiver) Forget(key catalog.Key) {
 	}
 }
 
-// inbound is a connection under its read deadline: the idle limit, renewed by what arrives, until it is drained.
+// inbound is a connection that the peer has dialled. One-way, it is under its read deadline: the idle limit, renewed
+// by what arrives, until it is drained. Two-way, it is a session of the link, under the link's pulse.
 type inbound struct {
 	Conn
-	idle time.Duration
+	idle    time.Duration
+	link    *Link
+	feed    feed
+	renewed time.Time // when the read deadline was last set
 
 	mu       sync.Mutex
 	draining bool
+	session  *session // set by the reader; nil: one way
+}
+
+func (in *inbound) serve() error {
+	if in.Coalesce() {
+		if _, err := in.Write(AppendFrame(nil, nil)); err != nil {
+			return fmt.Errorf("answer: %w", err)
+		}
+	}
+	frames := NewReader(in)
+	for first := true; ; first = false {
+		p, err := frames.Next()
+		in.feed.skipped(frames)
+		if err != nil {
+			return fmt.Errorf("read frame: %w", err)
+		}
+		if len(p) > 0 {
+			in.feed.take(p)
+		} else if first && in.Coalesce() && in.link != nil {
+			in.adopt()
+		}
+	}
+}
+
+// adopt takes the peer's offer.
+func (in *inbound) adopt() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.draining {
+		return
+	}
+	_ = in.SetReadDeadline(time.Time{}) // a closed connection shows in the read; before a link may set its own
+	in.session = in.link.adopt(in.Conn)
+	in.renewed = time.Time{}
 }
 
 // Read implements io.Reader.
 func (in *inbound) Read(p []byte) (int, error) {
+	if in.session != nil {
+		return in.session.Read(p)
+	}
 	in.mu.Lock()
-	if !in.draining {
-		_ = in.SetReadDeadline(time.Now().Add(in.idle)) // a closed connection shows in the read
+	if now := time.Now(); !in.draining && now.Sub(in.renewed) > in.idle/idleGrain {
+		in.renewed = now
+		_ = in.SetReadDeadline(now.Add(in.idle))
 	}
 	in.mu.Unlock()
 	return in.Conn.Read(p)
@@ -225,7 +265,14 @@ func (in *inbound) Read(p []byte) (int, error) {
 func (in *inbound) drain() {
 	in.mu.Lock()
 	in.draining = true
-	_ = in.SetReadDeadline(time.Now().Add(lingerTimeout))
+	session := in.session
+	if session == nil {
+		_ = in.SetReadDeadline(time.Now().Add(lingerTimeout))
+	}
 	in.mu.Unlock()
+	if session != nil {
+		session.drain()
+		return
+	}
 	_ = in.CloseWrite() // where it fails there is nobody to tell
 }

@@ -40,7 +40,7 @@ func serve(t *testing.T, r *Receiver, coalesce bool, verdict func(string) error)
 	})
 	go func() {
 		defer close(s.done)
-		s.err = r.Serve(ctx, near, bob(), func(p []byte) error {
+		s.err = r.Serve(ctx, near, bob(), nil, func(p []byte) error {
 			if verdict != nil {
 				if err := verdict(string(p)); err != nil {
 					return err
@@ -129,7 +129,7 @@ func TestReceiverAnswersFirst(t *testing.T) {
 	inBubble(t, "to nobody", func(t *testing.T) {
 		far, near := testPair(true)
 		far.Abort()
-		err := NewReceiver(ReceiverOptions{}).Serve(t.Context(), near, bob(), nil)
+		err := NewReceiver(ReceiverOptions{}).Serve(t.Context(), near, bob(), nil, nil)
 		if !errors.Is(err, syscall.ECONNRESET) {
 			t.Fatalf("got %v, want the reset", err)
 		}
@@ -287,7 +287,7 @@ func TestReceiverDrain(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		start := time.Now()
-		if err := NewReceiver(ReceiverOptions{}).Serve(ctx, near, bob(), nil); err != nil {
+		if err := NewReceiver(ReceiverOptions{}).Serve(ctx, near, bob(), nil, nil); err != nil {
 			t.Fatal(err)
 		}
 		if d := time.Since(start); d > lingerTimeout {
@@ -309,7 +309,7 @@ func TestRestartOfReceiverCostsNoPacket(t *testing.T) {
 				defer close(done)
 				select {
 				case c := <-b.peers:
-					if err := r.Serve(ctx, c, bob(), func(p []byte) error {
+					if err := r.Serve(ctx, c, bob(), nil, func(p []byte) error {
 						got = append(got, string(p))
 						return nil
 					}); err != nil {
@@ -323,7 +323,7 @@ func TestRestartOfReceiverCostsNoPacket(t *testing.T) {
 		sent := 0
 		send := func(n int) {
 			for range n {
-				b.Send(fmt.Append(nil, sent))
+				b.Send(fmt.Append(nil, sent), false)
 				sent++
 				after(time.Millisecond)
 			}
@@ -331,7 +331,7 @@ func TestRestartOfReceiverCostsNoPacket(t *testing.T) {
 		for range 5 {
 			stop := accept()
 			send(1500)
-			b.Send(fmt.Append(nil, sent)) // this one is under way when the stop comes
+			b.Send(fmt.Append(nil, sent), false) // this one is under way when the stop comes
 			sent++
 			stop()
 		}
@@ -377,7 +377,7 @@ func TestReceiverAllocates(t *testing.T) {
 	deliver := func([]byte) error { n++; return nil }
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	err := r.Serve(t.Context(), &inputConn{Reader: bytes.NewReader(in)}, bob(), deliver)
+	err := r.Serve(t.Context(), &inputConn{Reader: bytes.NewReader(in)}, bob(), nil, deliver)
 	runtime.ReadMemStats(&after)
 	if err != nil || n != packets {
 		t.Fatalf("%d packets, %v", n, err)
@@ -394,7 +394,7 @@ func BenchmarkReceive(b *testing.B) {
 	b.SetBytes(int64(len(in)))
 	b.ReportAllocs()
 	for b.Loop() {
-		err := r.Serve(b.Context(), &inputConn{Reader: bytes.NewReader(in)}, bob(), func([]byte) error { return nil })
+		err := r.Serve(b.Context(), &inputConn{Reader: bytes.NewReader(in)}, bob(), nil, func([]byte) error { return nil })
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -444,6 +444,8 @@ type inputConn struct {
 
 func (c *inputConn) Read(p []byte) (int, error)      { return c.Reader.Read(p) }
 func (c *inputConn) Coalesce() bool                  { return false }
+func (c *inputConn) Pending() bool                   { return false }
+func (c *inputConn) Flush() error                    { return nil }
 func (c *inputConn) Abort()                          {}
 func (c *inputConn) Close() error                    { return nil }
 func (c *inputConn) CloseWrite() error               { return nil }

@@ -25,9 +25,16 @@ type packetHandler struct{ *Sidecar }
 // ServeConn serves one connection to its end.
 func (s packetHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
 	from, service := c.Peer(), c.Route().Service
-	deliver := func(payload []byte) error { return s.deliver(from, service, payload) }
 	s.warnUndeliverable(c)
-	if err := s.receiver.Serve(ctx, c, keyOf(from), deliver); err != nil {
+	var link *packet.Link // what goes back, if the peer offers to take it
+	if from.Node != "" && keyOf(from) != s.self() {
+		link = s.links.of(keyOf(from), service)
+	}
+	if link != nil {
+		s.verified.set(keyOf(from), certs.ServerName(from.Node, from.Datacenter, s.cfg.Load().Domain), c)
+	}
+	deliver := func(payload []byte) error { return s.deliver(from, service, payload) }
+	if err := s.receiver.Serve(ctx, c, keyOf(from), link, deliver); err != nil {
 		s.log.Debug("packet connection ended", zap.Stringer("peer", from), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
 	}
 }

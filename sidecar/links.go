@@ -5,24 +5,31 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"culvert/catalog"
 	"culvert/packet"
+)
+
+// Links are connected from the start. So that their handshakes do not come all at
+// once, they are spread over this much and so much more for each.
+const (
+	dialSpread   = 500 * time.Millisecond
+	dialInterval = 2 * time.Millisecond
 )
 
 // links keeps one packet link for each peer and packet service, and follows
 // the catalog.
 type links struct {
 	services []string
-	dial     func(ctx context.Context, to catalog.Key, service string) (packet.Conn, error)
-	o        packet.LinkOptions
+	newLink  func(linkKey, packet.LinkOptions) *packet.Link
+	pulse    *packet.Pulse
 
-	byRoute atomic.Pointer[map[linkKey]*link] // what the data path reads; replaced whole
+	byRoute atomic.Pointer[map[linkKey]*packet.Link] // what the data path reads; replaced whole
 
 	mu    sync.Mutex
 	ctx   context.Context // run's, for links that set adds later
 	ended bool            // run has stopped starting links
-	wg    sync.WaitGroup
 }
 
 type linkKey struct {
@@ -30,15 +37,10 @@ type linkKey struct {
 	service string
 }
 
-type link struct {
-	*packet.Link
-	stop context.CancelFunc // nil until the link runs
-	done chan struct{}      // closed when it has ended
-}
-
-func newLinks(services []string, dial func(context.Context, catalog.Key, string) (packet.Conn, error), o packet.LinkOptions) *links {
-	l := &links{services: services, dial: dial, o: o}
-	l.byRoute.Store(&map[linkKey]*link{})
+// newLinks makes each link with newLink, which is given some of its options.
+func newLinks(services []string, newLink func(linkKey, packet.LinkOptions) *packet.Link) *links {
+	l := &links{services: services, newLink: newLink, pulse: packet.NewPulse()}
+	l.byRoute.Store(&map[linkKey]*packet.Link{})
 	return l
 }
 
@@ -47,46 +49,39 @@ func newLinks(services []string, dial func(context.Context, catalog.Key, string)
 func (l *links) set(peers []catalog.Peer) {
 	l.mu.Lock()
 	old := *l.byRoute.Load()
-	next := make(map[linkKey]*link, len(peers)*len(l.services))
+	next := make(map[linkKey]*packet.Link, len(peers)*len(l.services))
 	for _, p := range peers {
 		for _, service := range l.services {
 			key := linkKey{p.Key, service}
 			next[key] = old[key]
 			if next[key] == nil {
-				next[key] = l.newLink(key)
-				l.start(next[key])
+				next[key] = l.newLink(key, packet.LinkOptions{
+					Peer: key.peer, Service: service, Pulse: l.pulse,
+					Spread: dialSpread + time.Duration(len(peers)*len(l.services))*dialInterval,
+				})
+				if l.ctx != nil && !l.ended {
+					next[key].Start(l.ctx)
+				}
 			}
 		}
 	}
 	l.byRoute.Store(&next)
 	l.mu.Unlock()
-	for key, gone := range old {
-		if next[key] == nil && gone.stop != nil {
-			gone.stop()
-			<-gone.done
+	gone := make(map[linkKey]*packet.Link)
+	for key, k := range old {
+		if next[key] == nil {
+			gone[key] = k
 		}
 	}
+	stop(gone)
 }
 
-func (l *links) newLink(key linkKey) *link {
-	o := l.o
-	o.Peer, o.Service = key.peer, key.service
-	dial := func(ctx context.Context) (packet.Conn, error) { return l.dial(ctx, key.peer, key.service) }
-	return &link{Link: packet.NewLink(dial, o), done: make(chan struct{})}
-}
-
-// start runs a link, once run has been called. Called with mu held.
-func (l *links) start(k *link) {
-	if l.ctx == nil || l.ended {
-		return
+func stop(all map[linkKey]*packet.Link) {
+	var wg sync.WaitGroup
+	for _, k := range all {
+		wg.Go(k.Stop)
 	}
-	ctx, stop := context.WithCancel(l.ctx)
-	k.stop = stop
-	l.wg.Go(func() {
-		defer close(k.done)
-		defer stop()
-		_ = k.Run(ctx) // it returns nil
-	})
+	wg.Wait()
 }
 
 // run runs every link until ctx ends.
@@ -96,35 +91,39 @@ func (l *links) run(ctx context.Context) error {
 		l.mu.Unlock()
 		return errors.New("links run twice")
 	}
-	l.ctx = ctx
+	l.ctx = context.WithoutCancel(ctx) // the links are stopped
 	for _, k := range *l.byRoute.Load() {
-		l.start(k)
+		k.Start(l.ctx)
 	}
 	l.mu.Unlock()
-	<-ctx.Done()
+	err := l.pulse.Run(ctx)
 	l.mu.Lock()
 	l.ended = true
 	l.mu.Unlock()
-	l.wg.Wait()
-	return nil
+	stop(*l.byRoute.Load())
+	return err
+}
+
+// of returns the link to a peer, nil if there is none.
+func (l *links) of(peer catalog.Key, service string) *packet.Link {
+	return (*l.byRoute.Load())[linkKey{peer, service}]
 }
 
 // send queues a packet for a peer; false if there is no such link.
 func (l *links) send(to catalog.Key, service string, payload []byte) bool {
-	k := (*l.byRoute.Load())[linkKey{to, service}]
+	k := l.of(to, service)
 	if k == nil {
 		return false
 	}
-	k.Send(payload)
+	k.Send(payload, false)
 	return true
 }
 
 // status returns the links of a peer.
 func (l *links) status(peer catalog.Key) []packet.LinkStatus {
 	var out []packet.LinkStatus
-	all := *l.byRoute.Load()
 	for _, service := range l.services {
-		if k := all[linkKey{peer, service}]; k != nil {
+		if k := l.of(peer, service); k != nil {
 			out = append(out, k.Status())
 		}
 	}

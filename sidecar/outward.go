@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"go.uber.org/zap"
+
 	"culvert/alpn"
 	"culvert/catalog"
 	"culvert/certs"
@@ -50,6 +52,16 @@ func (s *Sidecar) isGone(to catalog.Key) error {
 		return nil
 	}
 	return errCritical
+}
+
+// newLink makes the link to a peer for one service: what the server sends goes out on
+// it, and what comes back is the server's.
+func (s *Sidecar) newLink(log *zap.Logger, key linkKey, o packet.LinkOptions) *packet.Link {
+	o.Self, o.Log, o.Metrics, o.Receiver = s.self(), log, s.packets, s.receiver
+	peer := certs.Identity{Datacenter: key.peer.Datacenter, Node: key.peer.Node, Role: certs.RoleServer} // as dialled, and verified
+	o.Deliver = func(payload []byte) error { return s.deliver(peer, key.service, payload) }
+	dial := func(ctx context.Context) (packet.Conn, error) { return s.dialPacket(ctx, key.peer, key.service) }
+	return packet.NewLink(dial, o)
 }
 
 func (s *Sidecar) dialPacket(ctx context.Context, to catalog.Key, service string) (packet.Conn, error) {
@@ -156,7 +168,8 @@ func (e viaError) Error() string {
 
 func (e viaError) Unwrap() error { return e.err }
 
-// verified is what was established last about each peer that was dialled.
+// verified is what was established last about each peer, by whichever side has
+// dialled.
 type verified struct{ peers sync.Map } // catalog.Key -> identity
 
 type identity struct {

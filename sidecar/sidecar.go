@@ -11,7 +11,7 @@
 //
 // New binds everything, so that what the host refuses is told before anything
 // runs. Run starts the parts and stops them in a fixed order: readiness off,
-// the listener closed, streams drained, endpoints and links closed, admin last.
+// the listener closed, streams drained, links and endpoints closed, admin last.
 // Reload may be called from any goroutine while Run runs.
 package sidecar
 
@@ -147,7 +147,9 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	// What is carried.
 	s.packets = packet.NewMetrics(o.Registry)
 	s.receiver = packet.NewReceiver(packet.ReceiverOptions{Log: o.Log, Metrics: s.packets})
-	s.links = newLinks(named(cfg.Services, true), s.dialPacket, packet.LinkOptions{Log: o.Log, Metrics: s.packets})
+	s.links = newLinks(named(cfg.Services, true), func(key linkKey, lo packet.LinkOptions) *packet.Link {
+		return s.newLink(o.Log, key, lo)
+	})
 	streams := stream.NewMetrics(o.Registry, named(cfg.Services, false)...)
 	rules := s.typeRules(cfg)
 	s.outbound = stream.NewOutbound(s.dialStream, stream.OutboundOptions{
@@ -241,17 +243,22 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		zap.String("version", s.version), zap.Stringer("listen", s.Addr()), zap.Stringer("admin", s.AdminAddr()),
 		zap.Int("peers", len(cfg.Peers)), zap.Strings("gateways", cfg.Gateways))
 
-	// Three circles: the front stops first, then what carries, then admin.
+	// Four circles: the front stops first, then the links, then what they and
+	// streams are carried by, then admin. What peers have sent already on a link
+	// that stops still gets to the server.
 	front, stopFront := context.WithCancel(ctx)
+	carried, stopLinks := context.WithCancel(context.WithoutCancel(ctx))
 	core, stopCore := context.WithCancel(context.WithoutCancel(ctx))
 	edge, stopEdge := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopFront()
+	defer stopLinks()
 	defer stopCore()
 	defer stopEdge()
 
+	linkParts := newParts(stopFront)
+	linkParts.run("links", func() error { return s.links.run(carried) })
 	coreParts := newParts(stopFront)
 	coreParts.run("locator", func() error { return s.locator.Run(core) })
-	coreParts.run("links", func() error { return s.links.run(core) })
 	coreParts.run("streams", func() error { return s.outbound.Run(core) })
 	coreParts.run("capture", func() error { return s.capture.Run(core) })
 	if s.federated != nil {
@@ -264,6 +271,8 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	unready := context.AfterFunc(front, func() { s.draining.Store(true) })
 	defer unready()
 	err := s.mux.Run(front)
+	stopLinks()
+	err = errors.Join(err, linkParts.wait())
 	stopCore()
 	err = errors.Join(err, coreParts.wait())
 	stopEdge()

@@ -224,6 +224,9 @@ func TestPacketsAndStreamsCross(t *testing.T) {
 			return fmt.Errorf("status %+v", st)
 		}
 		got.Drops = nil
+		if strings.Contains(got.LastError, "refused") {
+			got.LastError = "" // alice was connecting already when bob did not listen yet
+		}
 		if fmt.Sprintf("%+v", got) != fmt.Sprintf("%+v", want) {
 			return fmt.Errorf("status\n%+v, want\n%+v", got, want)
 		}

@@ -36,22 +36,22 @@ func TestBindThreeAndOne(t *testing.T) {
 
 func testBind(t *testing.T, s settings) {
 	s.agentJSON = `{"event_handlers": ["query:who=echo $SERF_SELF_NAME", "user:told=cat > told"]}`
+	s.watched = true
 	f := newFederation(t, s)
 	for _, site := range f.Sites {
 		if out, err := site.Gateway.Run("cat", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"); err != nil || strings.TrimSpace(out) != "0\n0" {
 			t.Fatalf("the gateway host of %s forwards: %q, %v", site.Name, out, err)
 		}
 	}
-	guard, tap := f.Guard(), f.Tap()
 	f.join()
 
 	f.reachEachOther()
 
-	passed, dropped := guard.Counts()
+	passed, dropped := f.guard.Counts()
 	if passed == 0 || dropped != 0 {
 		t.Errorf("on the WAN link %d packets passed and %d were dropped, want some and none", passed, dropped)
 	}
-	tap.Check(t, 0x16)
+	f.tap.Check(t, 0x16)
 	t.Logf("%v: %d packets crossed the WAN link", f.Network, passed)
 
 	// The control: without sidecars there is no way.

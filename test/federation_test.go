@@ -27,6 +27,9 @@ type federation struct {
 	servers  []*server
 	gateways [2]*lab.Daemon
 	pki      *lab.PKI
+
+	guard *lab.Guard // of what is watched, else nil
+	tap   *lab.Tap
 }
 
 // settings vary a federation.
@@ -38,6 +41,7 @@ type settings struct {
 	domain     string // "" means consul
 	extra      string // further configuration of the sidecars
 	noSidecars bool
+	watched    bool // the WAN link is guarded and tapped, before sidecars connect
 	redirect   bool // capture is redirect: servers have their real addresses and listen on all
 }
 
@@ -67,6 +71,9 @@ func newFederation(t *testing.T, s settings) *federation {
 			}
 			i++
 		}
+	}
+	if s.watched {
+		f.guard, f.tap = f.Guard(), f.Tap()
 	}
 	if !s.noSidecars {
 		f.startCulvert(s)

@@ -34,23 +34,22 @@ func testRedirect(t *testing.T, ipv6 bool) {
 	plain := newFederation(t, settings{hosts: [2]int{2, 2}, ipv6: ipv6, redirect: true, noSidecars: true})
 	plain.Route()
 	plain.join()
-	f := newFederation(t, settings{hosts: [2]int{2, 2}, ipv6: ipv6, redirect: true, extra: probeService + streamService})
+	f := newFederation(t, settings{hosts: [2]int{2, 2}, ipv6: ipv6, redirect: true, watched: true, extra: probeService + streamService})
 	for i, s := range f.servers {
 		if ours, theirs := s.agent.CommandLine(), plain.servers[i].agent.CommandLine(); ours != theirs || !strings.Contains(ours, "serf agent") {
 			t.Errorf("the agent of %s runs as\n%s\nand that of the plain network as\n%s", s.node, ours, theirs)
 		}
 	}
-	guard, tap := f.Guard(), f.Tap()
 	f.join()
 	f.reachEachOther()
 	alice, bob := f.servers[0], f.servers[2]
 	f.largeDatagrams(alice, bob)
 	f.sourcesOfStreams(alice, bob)
-	passed, dropped := guard.Counts()
+	passed, dropped := f.guard.Counts()
 	if passed == 0 || dropped != 0 {
 		t.Errorf("on the WAN link %d packets passed and %d were dropped, want some and none", passed, dropped)
 	}
-	tap.Check(t, 0x16)
+	f.tap.Check(t, 0x16)
 	if n := f.SentPlainly(); n != 0 {
 		t.Errorf("%d packets for the other site left plainly", n)
 	}

@@ -102,7 +102,7 @@ func TestRPC(t *testing.T) {
 			for _, typ := range append([]pool.RPCType{pool.RPCMultiplexV2, pool.RPCConsul}, echoed...) {
 				want = append(want, e.name(typ))
 			}
-			if got := e.asked.arrivals(); !slices.Equal(got, want) {
+			if got := e.asked.asked(); !slices.Equal(got, want) {
 				t.Errorf("arrived as %q, want %q", got, want)
 			}
 		})
@@ -227,7 +227,7 @@ func TestForeignTypes(t *testing.T) {
 		}
 		w.refusedStream(t, w.at(2, 1, rpcPort), []byte{byte(typ), 'x'})
 	}
-	if got := betty.arrivals(); len(got) > 0 {
+	if got := betty.asked(); len(got) > 0 {
 		t.Errorf("betty was reached as %q", got)
 	}
 	for _, typ := range []pool.RPCType{pool.RPCRaft, pool.RPCRaftForwarding} {

@@ -157,6 +157,12 @@ func (s *server) arrivals() []string {
 	return slices.Clone(s.arrived)
 }
 
+// asked is what came so far beside packet connections, which a sidecar makes at its
+// start.
+func (s *server) asked() []string {
+	return slices.DeleteFunc(s.arrivals(), func(what string) bool { return strings.HasPrefix(what, pool.ALPN_WANGossipPacket) })
+}
+
 // handleConn is Server.handleConn (agent/consul/rpc.go).
 func (s *server) handleConn(conn net.Conn) {
 	_ = conn.SetReadDeadline(time.Now().Add(handshakeTimeout))
