@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -326,6 +327,17 @@ func (f *consulFederation) blocks(q blockingQuery, from, to *consul) {
 	}
 }
 
+// cutOff is what is said of a snapshot that a server has cut off itself. Over TLS
+// of the servers' own, who asks for a snapshot ends the question by a close_notify.
+// A Consul server does not read that, and closes when it has answered: what its
+// kernel has not sent by then is thrown away for a reset, which happens to one
+// answer in a hundred or so on a plainly routed network, within a datacenter as
+// well as across (hashicorp/consul#6893; TestSnapshotsPlainly counts them).
+var cutOff = regexp.MustCompile(`failed to decode response: read tcp \S+:8300: read: connection reset by peer`)
+
+// snapshotTries is how often a snapshot is asked for that is cut off each time.
+const snapshotTries = 4
+
 // snapshots saves the other datacenter's snapshot, which has its keys.
 func (f *consulFederation) snapshots() {
 	f.t.Helper()
@@ -335,9 +347,16 @@ func (f *consulFederation) snapshots() {
 			f.t.Fatal(err)
 		}
 		file := filepath.Join(from.Host.Dir, "other.snap")
-		if out, err := from.Do("snapshot", "save", "-datacenter="+to[0].Site, file); err != nil || !strings.Contains(out, "Saved and verified snapshot") {
-			f.t.Errorf("snapshot save on %s: %q, %v", from.Node, out, err)
-			return
+		for tries := 1; ; tries++ {
+			out, err := from.Do("snapshot", "save", "-datacenter="+to[0].Site, file)
+			if err == nil && strings.Contains(out, "Saved and verified snapshot") {
+				break
+			}
+			if !f.tls || tries == snapshotTries || !cutOff.MatchString(out) {
+				f.t.Errorf("snapshot save on %s: %q, %v", from.Node, out, err)
+				return
+			}
+			f.t.Logf("%s was cut off, as on a plainly routed network: %s", from.Node, out)
 		}
 		out, err := from.Do("snapshot", "inspect", "-kvdetails", "-kvdepth=1", file)
 		if err != nil || !strings.Contains(out, mark) || strings.Contains(out, "mark-of-"+from.Site) {
@@ -430,30 +449,37 @@ func (f *consulFederation) loseTheLeader() {
 	killed := f.agents[i]
 	killed.Kill()
 	began := time.Now()
-	var left []*consul
+	var left, there []*consul
 	for _, c := range f.agents {
-		if c != killed {
-			left = append(left, c)
+		if c == killed {
+			continue
+		}
+		left = append(left, c)
+		if c.at == killed.at {
+			there = append(there, c)
 		}
 	}
-	all(f.t, limit, left, func(c *consul) error { return f.answers(c, limit-time.Since(began)) })
-	took := time.Since(began)
-	f.t.Logf("calls across answer again %v after the leader, %s, was killed", took.Round(time.Millisecond), killed.Node)
-	if took > limit {
-		f.t.Errorf("that is more than %v", limit)
+	// With raft's default times, five seconds and more, two candidates may take
+	// several rounds, whoever is between the datacenters.
+	elected := all(f.t, settle, there, func(c *consul) error { return f.answers(c, 1, settle) })
+	took := all(f.t, limit, left, func(c *consul) error { return f.answers(c, 1-c.at, limit) })
+	f.t.Logf("%s, the leader of %s, was killed: calls within it answer again after %v, and calls across %v later, %v in all",
+		killed.Node, killed.Site, elected.Round(time.Millisecond), took.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+	if took > 10*time.Second || elected <= 20*time.Second && time.Since(began) > limit {
+		f.t.Errorf("calls across have taken too long, want them within %v", limit)
 	}
 	killed.Again()
 	took = all(f.t, settle, f.agents, f.seesAll)
 	f.t.Logf("all see each other %v after it was started again", took.Round(time.Millisecond))
-	all(f.t, limit, f.agents, func(c *consul) error { return f.answers(c, limit) })
+	all(f.t, limit, f.agents, func(c *consul) error { return f.answers(c, 1-c.at, limit) })
 }
 
-// answers writes a key of the other datacenter and reads it.
-func (f *consulFederation) answers(c *consul, limit time.Duration) error {
+// answers writes a key of a datacenter and reads it.
+func (f *consulFederation) answers(c *consul, dc siteAt, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), max(limit, time.Second))
 	defer cancel()
 	value := fmt.Sprintf("%s at %v", c.Node, time.Now())
-	path := "/v1/kv/after/" + c.Node + "?dc=" + f.Sites[1-c.at].Name
+	path := "/v1/kv/after/" + c.Node + "?dc=" + f.Sites[dc].Name
 	if _, err := c.CallContext(ctx, "PUT", path, value, nil); err != nil {
 		return err
 	}

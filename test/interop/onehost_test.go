@@ -36,7 +36,7 @@ func testOneHost(t *testing.T, w way) {
 		s.sidecar.Again()
 		s.sidecar.AwaitReady()
 		// Its server's next call finds that the connection it had is gone.
-		all(t, settle, c.agents, func(a *consul) error { return c.answers(a, settle) })
+		all(t, settle, c.agents, func(a *consul) error { return c.answers(a, 1-a.at, settle) })
 		t.Logf("without the sidecar of %s for %s the other server of its host was reached as before", s.Node, s.Kind.Profile)
 	}
 	c.seeEachOther()
