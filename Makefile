@@ -8,6 +8,8 @@ BIN         := $(CURDIR)/bin
 FUZZTIME    ?= 15s
 BENCHTIME   ?= 1s
 ROUNDS      ?= 5
+WATCH       ?= 5m
+RUNS        ?= 3
 GO          ?= go
 # The race detector needs a C compiler. Where there is none tests run without
 # it, and say so; `make check` insists.
@@ -114,6 +116,10 @@ bench: ## Benchmarks of the hot paths (BENCHTIME=1s)
 .PHONY: bench-link
 bench-link: build e2e-tools ## Streams and packets across an emulated WAN link, beside plain TCP (ROUNDS=5, root)
 	@CULVERT_E2E=require $(GO) test -run '^$$' -bench . -benchtime $(ROUNDS)x -timeout 30m ./test/link
+
+.PHONY: bench-serf
+bench-serf: build serf e2e-tools ## Twenty serf agents across a lossy link, beside plain routing (WATCH=5m RUNS=3, root; half an hour)
+	@CULVERT_E2E=require CULVERT_SERF=$(WATCH) CULVERT_SERF_RUNS=$(RUNS) $(GO) test -run '^$$' -bench Serf -benchtime 1x -timeout 120m ./test/link
 
 # What Culvert is compared with comes from Debian, as the gateways of `interop` do.
 .PHONY: peers

@@ -15,7 +15,7 @@ import (
 
 const (
 	settle  = 2 * time.Second // until the stream has found its rate
-	measure = 5 * time.Second
+	measure = 4 * time.Second
 	linger  = 3 * time.Second // for packets that are late
 )
 
