@@ -92,6 +92,18 @@ func (s *Sidecar) dialStream(ctx context.Context, to catalog.Key, want stream.Wa
 	return stream.Reached{Conn: c, Told: c.Route().Type != nil, Session: c.Route().Kind == alpn.KindSession}, nil
 }
 
+// present are the peers whose streams pass through here, and that are there by all
+// that is known.
+func (s *Sidecar) present() []catalog.Key {
+	var out []catalog.Key
+	for _, p := range s.carried(s.catalog.Load().Peers) {
+		if !p.Critical {
+			out = append(out, p.Key)
+		}
+	}
+	return out
+}
+
 // beginsTLS tells whether the server's own TLS begins behind a type.
 func beginsTLS(first stream.Type) bool {
 	return first == alpn.ConsulTLS || first == alpn.ConsulTLSInsecure

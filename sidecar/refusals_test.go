@@ -2,6 +2,7 @@ package sidecar
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -88,6 +89,20 @@ func behindGateways(t *testing.T) (c *consul, addrs [2]netip.Addr) {
 }
 
 // avoided are the gateways that are avoided for bob.
+// healthy waits until both gateways are known to be there: a dial may have come
+// before they were.
+func (c *consul) healthy(t *testing.T) {
+	t.Helper()
+	eventually(t, func() error {
+		for _, g := range c.alice.Status().Gateways {
+			if !g.Healthy {
+				return fmt.Errorf("gateway %s: %s", g.Address, g.LastError)
+			}
+		}
+		return nil
+	})
+}
+
 func (c *consul) avoided(t *testing.T) (gateways []string) {
 	t.Helper()
 	e, err := c.alice.locator.Explain(catalog.Key{Datacenter: "dc2", Node: "bob"})
@@ -109,6 +124,7 @@ func TestARefusalIsNoFaultOfTheGateway(t *testing.T) {
 	got := c.native(t)
 	bob := c.addr(2, 200).String() + ":8443"
 	gw1, gw2 := newTestGateway(t, addrs[0], leadTo(bob)), newTestGateway(t, addrs[1], leadTo(bob))
+	c.healthy(t)
 	if _, err := c.call(t, "\x03hello"); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("TLS inside: %v, want a reset", err)
 	}
@@ -132,6 +148,7 @@ func TestAGatewayWithoutARouteIsPassedOver(t *testing.T) {
 	got := c.native(t)
 	none := newTestGateway(t, addrs[0], withoutRoute)
 	newTestGateway(t, addrs[1], leadTo(c.addr(2, 200).String()+":8443"))
+	c.healthy(t)
 	for none.rpc.Load() == 0 {
 		if answer, err := c.call(t, "\x04question"); err != nil || answer != "answer" {
 			t.Fatalf("answered %q, %v", answer, err)

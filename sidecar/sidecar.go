@@ -153,7 +153,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	streams := stream.NewMetrics(o.Registry, named(cfg.Services, false)...)
 	rules := s.typeRules(cfg)
 	s.outbound = stream.NewOutbound(s.dialStream, stream.OutboundOptions{
-		Typed: slices.Collect(maps.Keys(rules)), Refuse: s.isGone, Alone: alone, Log: o.Log, Metrics: streams,
+		Typed: slices.Collect(maps.Keys(rules)), Refuse: s.isGone, Alone: alone, Peers: s.present, Log: o.Log, Metrics: streams,
 	})
 	s.inbound = stream.NewInbound(s.dialServer, stream.InboundOptions{
 		Datacenter: cfg.Datacenter, Typed: rules, Services: named(cfg.Services, false), Log: o.Log, Metrics: streams,

@@ -30,6 +30,9 @@ const (
 	// stream does not wait for a dial.
 	keptFor  = 10 * time.Minute
 	spareFor = 2 * time.Minute
+	// maxWarm is up to how many peers a session is kept with each from the start.
+	// With more of them a peer's first stream waits for its dial.
+	maxWarm = 64
 
 	minBackoff = time.Second
 	maxBackoff = 30 * time.Second
@@ -45,6 +48,7 @@ const (
 // carriers are the sessions that the streams to peers ride on. While they do not
 // run, streams get connections of their own.
 type carriers struct {
+	peers   func() []catalog.Key
 	dial    DialPeer
 	timeout time.Duration // of a session's pings and writes
 	log     *zap.Logger
@@ -59,7 +63,8 @@ type carriers struct {
 // A pool is what there is for one peer.
 type pool struct {
 	dialing chan struct{} // closed when the dial of a session in progress has ended; nil without one
-	plain   bool          // the peer chose another protocol than a session the last time
+	plain   bool          // the peer chose another protocol than a session the last time, or has none
+	warm    bool          // a session is kept whether streams come or not
 	used    time.Time     // a stream was wanted
 	retry   time.Time     // a spare is not dialled before
 	backoff time.Duration
@@ -74,8 +79,8 @@ type carrier struct {
 	useless bool      // it takes no more streams
 }
 
-func newCarriers(dial DialPeer, log *zap.Logger, m *Metrics) *carriers {
-	return &carriers{dial: dial, timeout: session.DefaultTimeout, log: log, m: m, pools: make(map[catalog.Key]*pool)}
+func newCarriers(peers func() []catalog.Key, dial DialPeer, log *zap.Logger, m *Metrics) *carriers {
+	return &carriers{peers: peers, dial: dial, timeout: session.DefaultTimeout, log: log, m: m, pools: make(map[catalog.Key]*pool)}
 }
 
 // reach returns a connection for a stream: a stream of a session that there is or
@@ -131,11 +136,7 @@ func (cs *carriers) find(to catalog.Key) (c *carrier, wait <-chan struct{}, turn
 	if cs.ctx == nil {
 		return nil, nil, false
 	}
-	p := cs.pools[to]
-	if p == nil {
-		p = &pool{backoff: minBackoff}
-		cs.pools[to] = p
-	}
+	p := cs.pool(to)
 	p.used = now
 	if c := p.free(now); c != nil {
 		c.used = now
@@ -151,6 +152,16 @@ func (cs *carriers) find(to catalog.Key) (c *carrier, wait <-chan struct{}, turn
 	return nil, nil, true
 }
 
+// pool returns a peer's, and makes one. Called with mu held.
+func (cs *carriers) pool(of catalog.Key) *pool {
+	p := cs.pools[of]
+	if p == nil {
+		p = &pool{backoff: minBackoff}
+		cs.pools[of] = p
+	}
+	return p
+}
+
 // dialled makes a session of what a dial came to, nil where the peer chose another
 // protocol. Where it returns none, what was dialled is shared already.
 func (cs *carriers) dialled(to catalog.Key, r Reached, err error) (*carrier, error) {
@@ -159,11 +170,7 @@ func (cs *carriers) dialled(to catalog.Key, r Reached, err error) (*carrier, err
 		return nil, err
 	}
 	if !r.Session {
-		cs.mu.Lock()
-		if p := cs.pools[to]; p != nil {
-			p.plain = true
-		}
-		cs.mu.Unlock()
+		cs.noSession(to)
 		cs.share(to)
 		return nil, nil
 	}
@@ -257,10 +264,10 @@ func (cs *carriers) run(ctx context.Context) {
 	cs.mu.Unlock()
 	tick := time.NewTicker(carrierTick)
 	defer tick.Stop()
-	for ctx.Err() == nil {
+	for now := time.Now(); ctx.Err() == nil; {
+		cs.look(ctx, now)
 		select {
-		case <-tick.C:
-			cs.look(ctx, time.Now())
+		case now = <-tick.C:
 		case <-ctx.Done():
 		}
 	}
@@ -277,21 +284,27 @@ func (cs *carriers) run(ctx context.Context) {
 
 // look is what is done each second.
 func (cs *carriers) look(ctx context.Context, now time.Time) {
+	peers := cs.peers()
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
+	if len(peers) <= maxWarm {
+		for _, peer := range peers {
+			cs.pool(peer).warm = true
+		}
+	}
 	for to, p := range cs.pools {
 		spare := false
 		for _, c := range p.all {
-			spare = cs.tend(c, spare, now) || spare
+			spare = cs.tend(c, spare, p.warm, now) || spare
 		}
-		wanted := now.Sub(p.used) < spareFor && !spare && !p.plain
+		wanted := (p.warm || now.Sub(p.used) < spareFor) && !spare && !p.plain
 		if wanted && p.dialing == nil && len(p.all) < maxSessions && now.After(p.retry) {
 			p.retry = now.Add(p.backoff)
 			p.backoff = min(2*p.backoff, maxBackoff)
 			p.dialing = make(chan struct{})
 			cs.wg.Go(func() { cs.warm(ctx, to) })
 		}
-		if len(p.all) == 0 && p.dialing == nil && now.Sub(p.used) > keptFor {
+		if !p.warm && len(p.all) == 0 && p.dialing == nil && now.Sub(p.used) > keptFor {
 			delete(cs.pools, to)
 		}
 	}
@@ -299,14 +312,14 @@ func (cs *carriers) look(ctx context.Context, now time.Time) {
 
 // tend pings and ends what has to be. It reports whether the session is ready for
 // the next stream; a second such one is of no use.
-func (cs *carriers) tend(c *carrier, spare bool, now time.Time) bool {
+func (cs *carriers) tend(c *carrier, spare, warm bool, now time.Time) bool {
 	busy := c.Streams() > 0
 	if busy {
 		c.used = now
 	}
 	switch {
 	case busy:
-	case c.useless, c.Late(), spare, now.Sub(c.used) > keptFor:
+	case c.useless, c.Late(), spare, !warm && now.Sub(c.used) > keptFor:
 		c.useless = true
 		cs.wg.Go(func() { _ = c.Close() })
 		return false
@@ -338,11 +351,29 @@ func (cs *carriers) warm(ctx context.Context, to catalog.Key) {
 		err = errors.New("peer has no sessions")
 	}
 	c, err := cs.dialled(to, r, err)
+	if answer, ok := errors.AsType[answered](err); ok && answer.Answered() {
+		cs.noSession(to) // it is asked again when a stream is dialled
+	}
 	if err != nil {
 		cs.log.Debug("no spare session", zap.Stringer("peer", to), zap.Error(err))
 	}
 	if c != nil {
 		cs.share(to)
+	}
+}
+
+// An answered error is a refusal of the peer's own, and not of somebody on the way.
+type answered interface {
+	error
+	Answered() bool
+}
+
+// noSession notes that a peer speaks something else.
+func (cs *carriers) noSession(peer catalog.Key) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if p := cs.pools[peer]; p != nil {
+		p.plain = true
 	}
 }
 
@@ -354,7 +385,7 @@ func (cs *carriers) forget(peer catalog.Key) {
 	if p == nil {
 		return
 	}
-	p.plain, p.used = true, time.Time{}
+	p.plain, p.warm, p.used = true, false, time.Time{}
 	for _, c := range p.all {
 		c.useless = true
 	}

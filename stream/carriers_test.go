@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
@@ -164,6 +165,49 @@ func TestLongStreamsAreLeftAlone(t *testing.T) {
 		t.Errorf("%d dials for the short stream, want none", n)
 	}
 	_ = long.Close()
+}
+
+// A session is there before the first stream is, with peers that are not too many.
+func TestPeersAreWarm(t *testing.T) {
+	for name, c := range map[string]struct{ peers, sessions int }{"few": {3, 3}, "too many": {maxWarm + 1, 0}} {
+		t.Run(name, func(t *testing.T) {
+			var dials atomic.Int64
+			f := newFar(t)
+			peers := make([]catalog.Key, c.peers)
+			for i := range peers {
+				peers[i] = catalog.Key{Datacenter: "dc2", Node: fmt.Sprint("n", i)}
+			}
+			out := running(t, f, f.dial(t, &dials), OutboundOptions{Peers: func() []catalog.Key { return peers }})
+			until(t, "the sessions", func() bool { return out.Sessions(peers[0]) > 0 == (c.sessions > 0) })
+			if n := dials.Load(); int(n) != c.sessions {
+				t.Errorf("%d dials, want %d", n, c.sessions)
+			}
+		})
+	}
+}
+
+// refusing is what a native server says to who wants nothing but a session.
+type noProtocol struct{}
+
+func (noProtocol) Error() string  { return "no application protocol" }
+func (noProtocol) Answered() bool { return true }
+
+// A peer that has no sessions is asked for one once, and not each second.
+func TestNoSessionIsNotAskedForAgain(t *testing.T) {
+	var dials atomic.Int64
+	out := NewOutbound(func(context.Context, catalog.Key, Wanted) (Reached, error) {
+		dials.Add(1)
+		return Reached{}, noProtocol{}
+	}, OutboundOptions{Peers: func() []catalog.Key { return []catalog.Key{bob} }})
+	cs := out.carriers
+	cs.ctx = t.Context()
+	for i := range 100 {
+		cs.look(t.Context(), time.Now().Add(time.Duration(i)*time.Minute))
+		cs.wg.Wait()
+	}
+	if n := dials.Load(); n != 1 {
+		t.Errorf("%d dials, want 1", n)
+	}
 }
 
 // Streams that are known to be long have connections of their own from the start.

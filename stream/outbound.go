@@ -47,7 +47,10 @@ type OutboundOptions struct {
 	Refuse func(to catalog.Key) error
 	// Alone tells which streams are to have a connection of their own from the
 	// start, as they are known to be long. Nil means none.
-	Alone   func(service string, first Type) bool
+	Alone func(service string, first Type) bool
+	// Peers are those with which a session is kept for streams to come, unless
+	// they are too many. Nil means none.
+	Peers   func() []catalog.Key
 	Log     *zap.Logger // nil: none
 	Metrics *Metrics    // nil: of its own
 }
@@ -69,8 +72,11 @@ func NewOutbound(dial DialPeer, o OutboundOptions) *Outbound {
 	if o.Alone == nil {
 		o.Alone = func(string, Type) bool { return false }
 	}
+	if o.Peers == nil {
+		o.Peers = func() []catalog.Key { return nil }
+	}
 	r := newRelays(out, o.Log, o.Metrics)
-	return &Outbound{relays: r, o: o, dial: dial, open: connset.New(), carriers: newCarriers(dial, r.log, r.m)}
+	return &Outbound{relays: r, o: o, dial: dial, open: connset.New(), carriers: newCarriers(o.Peers, dial, r.log, r.m)}
 }
 
 // Run keeps sessions with peers, on which streams ride, until ctx ends. Without it
