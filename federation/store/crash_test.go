@@ -5,7 +5,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -13,10 +12,11 @@ import (
 // three at once. Nothing that was acknowledged is lost, though whatever was not
 // synced is.
 func TestKilledLeaders(t *testing.T) {
+	needTap(t)
 	bubble(t, func(t *testing.T, w *world) {
 		ns := w.three()
 		for _, n := range ns {
-			n.o.segment, n.o.snapshotEvery = 64<<10, 300
+			n.o.snapshotEvery = 300
 			n.stop()
 			n.start()
 		}
@@ -125,47 +125,45 @@ func (s *stream) stop() {
 	s.wg.Wait()
 }
 
-// One sync makes a whole batch safe, and there is one before each
-// acknowledgement.
-func TestOneSyncABatch(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world) {
-		n := w.add("alice", 1)
-		n.start()
-		register(t, numbered(0), n)
-		for i := range 20 {
-			before := n.disk.syncs.Load()
-			register(t, numbered(1000+i), n)
-			if after := n.disk.syncs.Load(); after != before+1 {
-				t.Errorf("one registration alone took %d syncs", after-before)
+// Two syncs make a whole batch safe, of its entries and of what leads to them, and
+// there is no acknowledgement before the second.
+func TestSyncsOfABatch(t *testing.T) {
+	needTap(t)
+	w := newWorld(t) // on the real clock: in a bubble all wait for a call that waits
+	defer w.stopAll()
+	n := w.add("alice", 1)
+	n.start()
+	register(t, numbered(0), n)
+	for i := range 20 {
+		syncs, resizes := n.disk.syncs.Load(), n.disk.resizes.Load()
+		register(t, numbered(1000+i), n)
+		if syncs = n.disk.syncs.Load() - syncs; syncs != 2 {
+			t.Errorf("one registration alone took %d syncs, and %d more for a longer file", syncs, n.disk.resizes.Load()-resizes)
+		}
+	}
+	// While the disk takes its time for one, many others come.
+	const many = 400
+	syncs, writes := n.disk.syncs.Load(), n.disk.writes.Load()
+	release := n.disk.hold()
+	var wg sync.WaitGroup
+	var acked atomic.Int64
+	for i := range many {
+		wg.Go(func() {
+			if _, err := n.store.Register(t.Context(), numbered(1+i)); err != nil {
+				t.Error(err)
 			}
-		}
-		// While the disk takes its time for one, many others come.
-		const many = 400
-		syncs, writes := n.disk.syncs.Load(), n.disk.writes.Load()
-		gate := make(chan struct{})
-		n.disk.mu.Lock()
-		n.disk.gate = gate
-		n.disk.mu.Unlock()
-		var wg sync.WaitGroup
-		var acked atomic.Int64
-		for i := range many {
-			wg.Go(func() {
-				if _, err := n.store.Register(t.Context(), numbered(1+i)); err != nil {
-					t.Error(err)
-				}
-				acked.Add(1)
-			})
-		}
-		synctest.Wait()
-		if a := acked.Load(); a != 0 {
-			t.Errorf("%d were acknowledged before a sync", a)
-		}
-		close(gate)
-		wg.Wait()
-		syncs, writes = n.disk.syncs.Load()-syncs, n.disk.writes.Load()-writes
-		if syncs != writes || syncs < 2 || syncs > 10 {
-			t.Errorf("%d registrations took %d batches and %d syncs", many, writes, syncs)
-		}
-		t.Logf("%d registrations at once took %d batches with one sync each", many, syncs)
-	})
+			acked.Add(1)
+		})
+	}
+	time.Sleep(500 * time.Millisecond)
+	if a := acked.Load(); a != 0 {
+		t.Errorf("%d were acknowledged before a sync", a)
+	}
+	release()
+	wg.Wait()
+	syncs, writes = n.disk.syncs.Load()-syncs, n.disk.writes.Load()-writes
+	if syncs != 2*writes || writes < 2 || writes > 10 {
+		t.Errorf("%d registrations took %d batches and %d syncs", many, writes, syncs)
+	}
+	t.Logf("%d registrations at once took %d batches with two syncs each", many, writes)
 }

@@ -11,20 +11,15 @@ import (
 	"go.uber.org/zap"
 )
 
-const (
-	// segmentSize is how long a file of the log gets, in bytes. The last one
-	// is written anew at each start.
-	segmentSize = 1 << 20
-	// snapshots is how many are kept: the last, and one in case it is damaged.
-	snapshots = 2
-)
+// snapshots is how many are kept: the last, and one in case it is damaged.
+const snapshots = 2
 
 // A disk is where raft keeps what it must not forget.
 type disk struct {
 	*guard
-	snaps   raft.SnapshotStore
-	journal *journal // nil in memory
-	lock    *os.File
+	snaps raft.SnapshotStore
+	bolt  *bolt // nil in memory
+	lock  *os.File
 }
 
 // openMemory returns a disk that forgets.
@@ -36,9 +31,8 @@ func openMemory(g *guard) *disk {
 
 // openDisk opens dir, which is made if it is not there. When it could read
 // what is there and not write, it returns that along with the error.
-func openDisk(dir string, f files, segmentSize int, g *guard, log *zap.Logger) (*disk, error) {
-	logs := filepath.Join(dir, "log")
-	if err := makeDirs(dir, logs); err != nil {
+func openDisk(dir string, g *guard, log *zap.Logger) (*disk, error) {
+	if err := makeDirs(dir); err != nil {
 		return nil, err
 	}
 	lock, err := lockFile(filepath.Join(dir, "lock"))
@@ -46,20 +40,36 @@ func openDisk(dir string, f files, segmentSize int, g *guard, log *zap.Logger) (
 		return nil, err
 	}
 	d := &disk{guard: g, lock: lock}
-	if d.journal, err = readJournal(f, logs, segmentSize); err != nil {
+	usable, err := d.open(dir, log)
+	if !usable {
 		return nil, errors.Join(err, d.close())
 	}
-	g.logs, g.stable = d.journal, d.journal
+	return d, err
+}
+
+func (d *disk) open(dir string, log *zap.Logger) (usable bool, err error) {
 	if d.snaps, err = openSnapshots(dir, log); err != nil {
-		return nil, errors.Join(err, d.close())
+		return false, err
 	}
-	if err := d.whole(); err != nil {
-		return nil, errors.Join(err, d.close())
+	list, err := d.snaps.List()
+	if err != nil {
+		return false, err
 	}
-	if list, err := d.snaps.List(); err == nil && len(list) == 0 {
-		d.journal.unbegin()
+	if _, err := os.Stat(filepath.Join(dir, boltName)); errors.Is(err, os.ErrNotExist) && len(list) > 0 {
+		return false, fmt.Errorf("there are snapshots and no %s: %s", boltName, anew)
 	}
-	return d, d.journal.begin()
+	b, failure := openBolt(dir)
+	if b == nil {
+		return false, failure
+	}
+	d.bolt, d.logs, d.stable, d.safely = b, b, b, b.safely
+	if err := b.safely(func() error { return b.whole(list) }); err != nil {
+		return false, err
+	}
+	if failure == nil && len(list) == 0 {
+		failure = written(b.safely(b.unbegin))
+	}
+	return true, failure
 }
 
 func openSnapshots(dir string, log *zap.Logger) (raft.SnapshotStore, error) {
@@ -80,33 +90,36 @@ func openSnapshots(dir string, log *zap.Logger) (raft.SnapshotStore, error) {
 	return s, err
 }
 
-// whole makes sure that the log begins where a snapshot ends. raft would panic
-// where somebody took the snapshots away.
-func (d *disk) whole() error {
-	first, err := d.logs.FirstIndex()
-	if err != nil || first <= 1 {
-		return err
-	}
-	list, err := d.snaps.List()
-	if err != nil {
-		return err
-	}
-	for _, s := range list {
-		if s.Index+1 >= first {
-			return nil
-		}
-	}
-	return fmt.Errorf("its log begins with entry %d, and no snapshot holds what was before: %s", first, anew)
-}
-
 // close must not be called before raft has ended.
 func (d *disk) close() error {
 	var err error
-	if d.journal != nil {
-		err = d.journal.close()
+	if d.bolt != nil {
+		err = d.bolt.close()
 	}
 	if d.lock != nil {
 		err = errors.Join(err, d.lock.Close())
 	}
 	return err
+}
+
+// makeDirs makes folders, each within the one before, that a crash does not
+// take away again.
+func makeDirs(dirs ...string) error {
+	for _, dir := range dirs {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+		if err := syncDir(filepath.Dir(dir)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }

@@ -61,7 +61,7 @@ func (s *Store) open() (*engine, error) {
 	if s.o.DataDir == "" {
 		e.disk = openMemory(g)
 	} else {
-		e.disk, err = openDisk(s.path(), s.o.files, s.o.segment, g, s.log)
+		e.disk, err = openDisk(s.path(), g, s.log)
 	}
 	if e.disk != nil {
 		s.show(e.disk)
@@ -155,7 +155,7 @@ func lastCommand(d *disk) (uint64, error) {
 // it comes from no store: nobody asks for changes since it.
 func (s *Store) show(d *disk) {
 	st, _ := state.New().With("", 0, nil, true)
-	if d.journal != nil {
+	if d.bolt != nil {
 		st = d.latest()
 		st, _ = state.New().With("", st.Index(), st.All(), true) // it was checked when it was read
 	}
@@ -185,7 +185,10 @@ func (d *disk) latest() *state.State {
 			break
 		}
 	}
-	last, _ := d.LastIndex() // a journal has no error
+	last, err := d.LastIndex()
+	if err != nil {
+		return st
+	}
 	for i := index + 1; i <= last; i++ {
 		var l raft.Log
 		if d.GetLog(i, &l) == nil && l.Type == raft.LogCommand {

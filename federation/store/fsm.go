@@ -83,6 +83,9 @@ func fold(s *state.State, l *raft.Log) (*state.State, error) {
 
 // Snapshot implements [raft.FSM].
 func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
+	if err := f.guard.failure(); err != nil {
+		return nil, err // there are entries that raft has applied and this has not
+	}
 	return snapshot{f.load()}, nil
 }
 

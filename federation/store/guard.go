@@ -37,10 +37,10 @@ func (e *DiskError) Error() string {
 func (e *DiskError) Unwrap() error { return e.Err }
 
 // A guard stands before raft's log and votes. hashicorp/raft panics on some
-// writes that fail, and goes on after others. Here the first failure cuts this
-// node off before raft hears of it, so that no vote, no acknowledgement and no
-// entry leaves that is not on the disk; every write after it fails as well; and
-// raft is told what keeps it from panicking until it is shut down.
+// writes and reads that fail, and goes on after others. Here the first failure
+// cuts this node off before raft hears of it, so that no vote, no acknowledgement
+// and no entry leaves that is not on the disk; whatever is asked after it fails as
+// well; and raft is told what keeps it from panicking until it is shut down.
 type guard struct {
 	path string
 	cut  func() // closes all connections and takes no more; it returns when that is done
@@ -51,10 +51,11 @@ type guard struct {
 
 	logs   raft.LogStore
 	stable raft.StableStore
+	safely func(func() error) error
 }
 
 func newGuard(path string, cut func()) *guard {
-	return &guard{path: path, cut: cut, failed: make(chan struct{})}
+	return &guard{path: path, cut: cut, failed: make(chan struct{}), safely: func(f func() error) error { return f() }}
 }
 
 // failure returns what fail has set, nil before.
@@ -108,29 +109,77 @@ func (g *guard) write(f func() error) error {
 	if err := g.failure(); err != nil {
 		return err
 	}
-	if err := f(); err != nil {
-		return g.fail(err)
+	if err := g.safely(f); err != nil {
+		return g.fail(written(err))
 	}
 	return nil
 }
 
-// Get implements [raft.StableStore].
-func (g *guard) Get(key []byte) ([]byte, error) { return g.stable.Get(key) }
+// A writeError is one of bbolt that has lost its number: where bbolt cannot make
+// its file longer it keeps the text alone.
+type writeError struct{ error }
 
-// GetUint64 implements [raft.StableStore].
-func (g *guard) GetUint64(key []byte) (uint64, error) { return g.stable.GetUint64(key) }
+func (e writeError) Unwrap() error { return e.error }
 
-// FirstIndex implements [raft.LogStore].
-func (g *guard) FirstIndex() (uint64, error) { return g.logs.FirstIndex() }
-
-// LastIndex implements [raft.LogStore].
-func (g *guard) LastIndex() (uint64, error) { return g.logs.LastIndex() }
-
-// IsMonotonic implements [raft.MonotonicLogStore].
-func (g *guard) IsMonotonic() bool {
-	m, ok := g.logs.(raft.MonotonicLogStore)
-	return ok && m.IsMonotonic()
+func written(err error) error {
+	cause := syscall.Errno(0)
+	if err == nil || errors.As(err, &cause) || errors.Is(err, errDamaged) {
+		return err
+	}
+	return writeError{err}
 }
 
-// GetLog implements [raft.LogStore]. It reads from memory.
-func (g *guard) GetLog(index uint64, l *raft.Log) error { return g.logs.GetLog(index, l) }
+// lasting tells whether trying again is of no use, for all that is known of an
+// error: it is not the operating system's.
+func lasting(err error) bool {
+	cause := syscall.Errno(0)
+	_, write := errors.AsType[writeError](err)
+	return !write && !errors.As(err, &cause)
+}
+
+// read is for what raft takes a refusal of.
+func read[T any](g *guard, f func() (T, error)) (value T, err error) {
+	if err := g.failure(); err != nil {
+		return value, err
+	}
+	err = g.safely(func() (err error) {
+		value, err = f()
+		return err
+	})
+	return value, err
+}
+
+// Get implements [raft.StableStore].
+func (g *guard) Get(key []byte) ([]byte, error) {
+	return read(g, func() ([]byte, error) { return g.stable.Get(key) })
+}
+
+// GetUint64 implements [raft.StableStore].
+func (g *guard) GetUint64(key []byte) (uint64, error) {
+	return read(g, func() (uint64, error) { return g.stable.GetUint64(key) })
+}
+
+// FirstIndex implements [raft.LogStore].
+func (g *guard) FirstIndex() (uint64, error) { return read(g, g.logs.FirstIndex) }
+
+// LastIndex implements [raft.LogStore].
+func (g *guard) LastIndex() (uint64, error) { return read(g, g.logs.LastIndex) }
+
+// IsMonotonic implements [raft.MonotonicLogStore]: after a snapshot from the
+// leader raft deletes all entries rather than leave a hole.
+func (g *guard) IsMonotonic() bool { return true }
+
+// GetLog implements [raft.LogStore]. raft panics where it cannot read an entry that
+// is to be applied, so it is given one that does nothing: it is cut off by then.
+func (g *guard) GetLog(index uint64, l *raft.Log) error {
+	err := g.failure()
+	if err == nil {
+		err = g.safely(func() error { return g.logs.GetLog(index, l) })
+		if err == nil || errors.Is(err, raft.ErrLogNotFound) {
+			return err
+		}
+		_ = g.fail(err)
+	}
+	*l = raft.Log{Index: index, Type: raft.LogNoop}
+	return nil
+}

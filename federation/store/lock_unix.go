@@ -18,9 +18,12 @@ func lockFile(path string) (*os.File, error) {
 	}
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			err = fmt.Errorf("%s is locked: another process uses this data_dir", path)
+			err = fmt.Errorf("%s is locked: another culvert uses this data_dir", path)
 		}
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
 }
+
+// unlock takes away a lock that a mapping of the file would keep.
+func unlock(f *os.File) error { return syscall.Flock(int(f.Fd()), syscall.LOCK_UN) }

@@ -26,7 +26,6 @@ import (
 	"net"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -75,8 +74,6 @@ type Options struct {
 	// Metrics may be nil.
 	Metrics *Metrics
 
-	files         files  // nil: the operating system's
-	segment       int    // 0: segmentSize
 	snapshotEvery uint64 // 0: snapshotEvery
 }
 
@@ -111,12 +108,6 @@ func (o *Options) setDefaults() {
 	}
 	if o.Metrics == nil {
 		o.Metrics = NewMetrics(nil)
-	}
-	if o.files == nil {
-		o.files = osFiles{}
-	}
-	if o.segment == 0 {
-		o.segment = segmentSize
 	}
 	if o.snapshotEvery == 0 {
 		o.snapshotEvery = snapshotEvery
@@ -159,8 +150,7 @@ func Open(o Options) (*Store, error) {
 	s := &Store{o: o, log: o.Log.Named("store"), metrics: o.Metrics, view: state.New(), changed: make(chan struct{})}
 	s.known = Greeting{Node: o.Node, Address: o.Address, Expect: o.Expect, Memory: o.DataDir == ""}
 	err := s.reopen()
-	var cause syscall.Errno
-	if err != nil && !errors.As(err, &cause) {
+	if err != nil && lasting(err) {
 		return nil, err
 	}
 	return s, nil

@@ -86,7 +86,7 @@ func TestOptions(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	if _, err := Open(good); err == nil || !strings.Contains(err.Error(), "another process uses this data_dir") {
+	if _, err := Open(good); err == nil || !strings.Contains(err.Error(), "another culvert uses this data_dir") {
 		t.Errorf("a folder in use was opened: %v", err)
 	}
 	s.Close() // twice is safe

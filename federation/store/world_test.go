@@ -3,13 +3,13 @@ package store
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
+	"runtime"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -22,7 +22,14 @@ import (
 	"culvert/internal/memnet"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if flag.Lookup("test.bench").Value.String() == "" { // a benchmark is of calls that nobody looks at
+		runtime.GOMAXPROCS(max(16, runtime.NumCPU())) // so that none waits for one whose call is looked at
+		theTap, errTap = newTap()                     // before there is a bubble, which would have its goroutines
+	}
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("culvert/federation/store.(*tap).listen"))
+}
 
 // A world is a LAN in memory with servers on it, whose disks are real.
 type world struct {
@@ -37,7 +44,7 @@ type world struct {
 type node struct {
 	w      *world
 	o      Options
-	disk   *crashFiles
+	disk   *testDisk
 	store  *Store
 	cancel context.CancelFunc
 	done   sync.WaitGroup
@@ -49,7 +56,7 @@ func newWorld(t *testing.T) *world {
 }
 
 // dataDir is in memory where it can be: the tests make some ten thousand
-// syncs, and what a crash loses is up to crashFiles.
+// syncs, and what a crash loses is up to testDisk.
 func dataDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "culvert-store-")
@@ -65,8 +72,9 @@ func address(name string) string { return name + ".lan:8443" }
 // add makes a server that is not started. All of them name each other in
 // retry_join.
 func (w *world) add(name string, expect int) *node {
-	n := &node{w: w, o: Options{
-		Datacenter: "dc1", Node: name, Address: address(name), DataDir: dataDir(w.t), Expect: expect,
+	dir := dataDir(w.t)
+	n := &node{w: w, disk: newDisk(dir), o: Options{
+		Datacenter: "dc1", Node: name, Address: address(name), DataDir: dir, Expect: expect,
 		Neighbours: neighbours{w, name}, Log: w.logger(name),
 		Dial: func(ctx context.Context, node, to string) (net.Conn, error) { return w.dial(ctx, name, node, to) },
 	}}
@@ -103,14 +111,10 @@ func (w *world) three() []*node {
 
 func (n *node) start() {
 	n.w.t.Helper()
-	n.disk = &crashFiles{files: osFiles{}, synced: make(map[string]int64)}
-	o := n.o
-	if o.files == nil {
-		o.files = n.disk
-	}
-	s, err := Open(o)
+	n.disk.powerOn()
+	s, err := Open(n.o)
 	if err != nil {
-		n.w.t.Fatalf("open %s: %v", o.Node, err)
+		n.w.t.Fatalf("open %s: %v", n.o.Node, err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	n.w.mu.Lock()
@@ -141,7 +145,7 @@ func (n *node) kill() {
 	n.w.mu.Lock()
 	n.up = false
 	n.w.mu.Unlock()
-	n.disk.crash()
+	n.disk.powerOff()
 	if e := n.store.current(); e != nil {
 		e.layer.cut()
 	}
@@ -328,100 +332,4 @@ func keep(t *testing.T, regs []state.Registration, ns ...*node) (stop func()) {
 		}
 	})
 	return func() { cancel(); wg.Wait() }
-}
-
-// crashFiles lose at a crash what was not synced.
-type crashFiles struct {
-	files
-	syncs, writes atomic.Int64
-
-	mu     sync.Mutex
-	dead   bool
-	synced map[string]int64 // how much of a file is on the disk
-	gate   chan struct{}    // syncs wait for it, if it is set
-}
-
-var errDead = errors.New("the power is off")
-
-func (c *crashFiles) crash() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.dead = true
-	for path, size := range c.synced {
-		_ = os.Truncate(path, size)
-	}
-}
-
-func (c *crashFiles) Replace(dir, name string, data []byte) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.dead {
-		return errDead
-	}
-	return c.files.Replace(dir, name, data)
-}
-
-func (c *crashFiles) Remove(dir, name string) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.dead {
-		return errDead
-	}
-	delete(c.synced, filepath.Join(dir, name))
-	return c.files.Remove(dir, name)
-}
-
-func (c *crashFiles) Append(dir, name string) (appender, error) {
-	f, err := c.files.Append(dir, name)
-	if err != nil {
-		return nil, err
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	path := filepath.Join(dir, name)
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	c.synced[path] = info.Size()
-	return &crashFile{f, c, path}, nil
-}
-
-type crashFile struct {
-	appender
-	disk *crashFiles
-	path string
-}
-
-func (f *crashFile) Write(p []byte) (int, error) {
-	f.disk.mu.Lock()
-	defer f.disk.mu.Unlock()
-	if f.disk.dead {
-		return 0, errDead
-	}
-	f.disk.writes.Add(1)
-	return f.appender.Write(p)
-}
-
-func (f *crashFile) Sync() error {
-	f.disk.mu.Lock()
-	gate := f.disk.gate
-	f.disk.mu.Unlock()
-	if gate != nil {
-		<-gate
-	}
-	f.disk.mu.Lock()
-	defer f.disk.mu.Unlock()
-	if f.disk.dead {
-		return errDead
-	}
-	f.disk.syncs.Add(1)
-	if err := f.appender.Sync(); err != nil {
-		return err
-	}
-	info, err := os.Stat(f.path)
-	if err == nil {
-		f.disk.synced[f.path] = info.Size()
-	}
-	return err
 }

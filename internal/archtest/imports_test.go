@@ -66,7 +66,7 @@ var fenced = []struct {
 	{"github.com/hashicorp/yamux", []string{"stream/session"}, nil},
 	{"github.com/google/nftables", []string{"capture/ruleset"}, nil},
 	{"github.com/mdlayher/netlink", []string{"capture/ruleset", "internal/iproute"}, nil},
-	{"github.com/hashicorp/raft", []string{"federation/store"}, nil},
+	{"go.etcd.io/bbolt", []string{"federation/store"}, nil},
 	{"github.com/hashicorp/go-hclog", []string{"federation/store"}, nil},
 	{"go.uber.org/zap", nil, []string{"sniff", "config"}},
 	{"github.com/prometheus/", nil, []string{"sniff", "config"}},
