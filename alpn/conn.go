@@ -33,9 +33,10 @@ const closeTimeout = time.Second
 // net/http does: closing it closes the connection, in its own time.
 type Conn struct {
 	*tls.Conn
-	wire  *wire
-	peer  certs.Identity
-	route Route
+	wire   *wire
+	peer   certs.Identity
+	route  Route
+	intake *intake // the reader's; nil: crypto/tls reads for itself
 }
 
 // Peer is who the verified certificate of the far side names.
@@ -68,10 +69,19 @@ func (c *Conn) Version() string { return tls.VersionName(c.ConnectionState().Ver
 // Read reads as [tls.Conn.Read] does, but for the errors at the end, which
 // [Conn] lists.
 func (c *Conn) Read(p []byte) (int, error) {
+	if c.intake != nil && len(p) > 0 {
+		if err := c.intake.await(c.wire); err != nil {
+			return 0, err
+		}
+	}
 	n, err := c.Conn.Read(p)
+	if c.intake != nil {
+		c.intake.release()
+	}
 	if err == nil {
 		return n, nil
 	}
+	c.intake = nil                            // crypto/tls may know what it says from now on without reading
 	if err == io.EOF && c.wire.ended.Load() { //nolint:errorlint // io.EOF is never wrapped here, and this is the hot path
 		// crypto/tls reads no further than it must: where the raw connection's
 		// end reached it, it was still waiting for a record.

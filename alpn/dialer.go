@@ -28,6 +28,7 @@ type Dialer struct {
 	timeout time.Duration
 	log     *zap.Logger
 	metrics *Metrics
+	intakes intakes
 }
 
 // NewDialer returns a Dialer that offers the protocols of a table.
@@ -125,5 +126,5 @@ func (d *Dialer) handshake(ctx context.Context, raw net.Conn, serverName string,
 			return nil, err
 		}
 	}
-	return finish(t, w, route, d.creds, d.log)
+	return finish(t, w, route, d.creds, &d.intakes, d.log)
 }

@@ -65,6 +65,7 @@ type Server struct {
 	log     *zap.Logger
 	metrics *Metrics
 	warned  sample.Sampler
+	intakes intakes
 }
 
 // NewServer returns a Server for what is in a table.
@@ -201,11 +202,11 @@ func (s *Server) handshake(ctx context.Context, raw net.Conn, peeked []byte) (*C
 	if err != nil {
 		return nil, err
 	}
-	return finish(t, w, route, s.creds, s.log)
+	return finish(t, w, route, s.creds, &s.intakes, s.log)
 }
 
 // finish makes a Conn of a connection whose handshake is done.
-func finish(t *tls.Conn, w *wire, route Route, creds Credentials, log *zap.Logger) (*Conn, error) {
+func finish(t *tls.Conn, w *wire, route Route, creds Credentials, buffers *intakes, log *zap.Logger) (*Conn, error) {
 	peer, err := creds.PeerIdentity(t.ConnectionState())
 	if err != nil {
 		return nil, err
@@ -216,10 +217,11 @@ func finish(t *tls.Conn, w *wire, route Route, creds Credentials, log *zap.Logge
 	if err := w.raw.SetDeadline(time.Time{}); err != nil {
 		return nil, fmt.Errorf("clear handshake deadline: %w", err)
 	}
+	c := &Conn{Conn: t, wire: w, peer: peer, route: route}
 	if route.Kind == KindPacket {
-		w.eager = newEager(w.raw)
+		w.eager, c.intake = newEager(w.raw), newIntake(t, w.raw, buffers)
 	}
-	return &Conn{Conn: t, wire: w, peer: peer, route: route}, nil
+	return c, nil
 }
 
 // A protocolError is a handshake that ended without a protocol of the table.
