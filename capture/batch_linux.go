@@ -9,42 +9,36 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/free"
 )
 
-// batchSize is how many datagrams are read at once where as many wait.
+// batchSize is how many datagrams are read or sent at once where as many wait.
 const batchSize = 16
 
-// A batch reads datagrams with recvmmsg(2), several with one call to the kernel
-// when they come faster than they are read: the one socket for a service of all
-// peers has many writers. It allocates nothing once it is made, and is for one
-// goroutine.
-type batch struct {
-	conn syscall.RawConn
-	read func(fd uintptr) bool // tryRead, bound once
-
-	headers  [batchSize]mmsghdr
-	iovecs   [batchSize]unix.Iovec
-	names    [batchSize][unix.SizeofSockaddrInet6]byte // large enough for IPv4's
-	controls [batchSize][controlSize]byte
-	buffers  [batchSize][]byte
-
-	n   int
-	err error
-}
-
-// mmsghdr is struct mmsghdr of recvmmsg(2).
+// mmsghdr is struct mmsghdr of recvmmsg(2) and sendmmsg(2).
 type mmsghdr struct {
 	unix.Msghdr
 	length uint32
 }
 
-func newBatch(c *net.UDPConn) (*batch, error) {
-	conn, err := c.SyscallConn()
-	if err != nil {
-		return nil, err
+// A batch is room for datagrams that are read together.
+type batch struct {
+	headers  [batchSize]mmsghdr
+	iovecs   [batchSize]unix.Iovec
+	names    [batchSize][unix.SizeofSockaddrInet6]byte // large enough for IPv4's
+	controls [batchSize][controlSize]byte
+	buffers  [batchSize][]byte
+}
+
+// batches are shared by sockets: one has a batch while there is something in it.
+type batches struct{ list free.List[batch] }
+
+func (p *batches) get() *batch {
+	b := p.list.Get()
+	if b.buffers[0] != nil {
+		return b
 	}
-	b := &batch{conn: conn}
-	b.read = b.tryRead
 	memory := make([]byte, batchSize*maxDatagram) // what no datagram needs is never touched
 	for i := range b.headers {
 		b.buffers[i] = memory[i*maxDatagram : (i+1)*maxDatagram]
@@ -54,39 +48,72 @@ func newBatch(c *net.UDPConn) (*batch, error) {
 		h.Iov = &b.iovecs[i]
 		h.SetIovlen(1)
 		h.Name = &b.names[i][0]
-		h.Control = &b.controls[i][0]
 	}
-	return b, nil
+	return b
+}
+
+// An inlet reads datagrams with recvmmsg(2), several with one call to the kernel
+// when they come faster than they are read. It allocates nothing in the long run,
+// and is for one goroutine.
+type inlet struct {
+	conn    syscall.RawConn
+	batches *batches
+	control bool                  // the socket tells which address a datagram was for
+	read    func(fd uintptr) bool // tryRead, bound once
+
+	*batch // of the last datagrams, nil while it waits
+	n      int
+	err    error
+}
+
+func newInlet(c *net.UDPConn, p *batches, control bool) (*inlet, error) {
+	conn, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	in := &inlet{conn: conn, batches: p, control: control}
+	in.read = in.tryRead
+	return in, nil
 }
 
 // next waits for datagrams and returns how many there are. Those before are
 // overwritten.
-func (b *batch) next() (int, error) {
-	if err := b.conn.Read(b.read); err != nil {
+func (in *inlet) next() (int, error) {
+	if err := in.conn.Read(in.read); err != nil {
 		return 0, err
 	}
-	return b.n, b.err
+	return in.n, in.err
 }
 
-func (b *batch) tryRead(fd uintptr) bool {
-	for i := range b.headers {
-		h := &b.headers[i]
+func (in *inlet) tryRead(fd uintptr) bool {
+	if in.batch == nil {
+		in.batch = in.batches.get()
+	}
+	for i := range in.headers {
+		h := &in.headers[i]
 		h.Namelen = unix.SizeofSockaddrInet6
-		h.SetControllen(controlSize)
+		h.Control = nil
+		h.SetControllen(0)
+		if in.control {
+			h.Control = &in.controls[i][0]
+			h.SetControllen(controlSize)
+		}
 	}
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.headers[0])), //nolint:gosec // as rule 4 of package unsafe has it
+		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&in.headers[0])), //nolint:gosec // as rule 4 of package unsafe has it
 			batchSize, unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
-			b.n, b.err = int(n), nil
+			in.n, in.err = int(n), nil
 			return true
 		case unix.EINTR:
 			continue
 		case unix.EAGAIN:
+			in.batches.list.Put(in.batch)
+			in.batch = nil
 			return false
 		}
-		b.n, b.err = 0, os.NewSyscallError("recvmmsg", errno)
+		in.n, in.err = 0, os.NewSyscallError("recvmmsg", errno)
 		return true
 	}
 }
@@ -104,4 +131,67 @@ func (b *batch) at(i int) (payload []byte, from netip.AddrPort, to netip.Addr) {
 		from = netip.AddrPortFrom(netip.AddrFrom16([16]byte(name[8:])), port)
 	}
 	return b.buffers[i][:h.length], from, destination(b.controls[i][:h.Controllen])
+}
+
+// An outlet sends datagrams with sendmmsg(2), several with one call to the kernel.
+// It is for one goroutine.
+type outlet struct {
+	headers [batchSize]mmsghdr
+	iovecs  [batchSize]unix.Iovec
+	send    func(fd uintptr) bool // trySend, bound once
+
+	n, sent int
+	err     error
+}
+
+// outlets are shared by sockets.
+type outlets struct{ list free.List[outlet] }
+
+func (p *outlets) get() *outlet {
+	o := p.list.Get()
+	if o.send == nil {
+		o.send = o.trySend
+	}
+	return o
+}
+
+func (p *outlets) put(o *outlet) {
+	clear(o.iovecs[:]) // what they refer to is others'
+	clear(o.headers[:])
+	p.list.Put(o)
+}
+
+// load takes as many datagrams as there is room for, to an address and, unless
+// control is nil, from the one that it names.
+func (o *outlet) load(payloads [][]byte, to, control []byte) {
+	o.n, o.sent, o.err = min(len(payloads), batchSize), 0, nil
+	for i, p := range payloads[:o.n] {
+		o.iovecs[i] = unix.Iovec{Base: unsafe.SliceData(p)} //nolint:gosec // its length follows
+		o.iovecs[i].SetLen(len(p))
+		h := &o.headers[i]
+		h.Iov = &o.iovecs[i]
+		h.SetIovlen(1)
+		h.Name, h.Namelen = &to[0], uint32(len(to)) //nolint:gosec // a few bytes
+		if control != nil {
+			h.Control = &control[0]
+			h.SetControllen(len(control))
+		}
+	}
+}
+
+// trySend sends what is loaded, as far as the first that is refused.
+func (o *outlet) trySend(fd uintptr) bool {
+	for o.sent < o.n {
+		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&o.headers[o.sent])), //nolint:gosec // as rule 4 of package unsafe has it
+			uintptr(o.n-o.sent), unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0:
+			o.sent += int(n)
+		case unix.EINTR:
+		default:
+			o.err = os.NewSyscallError("sendmmsg", errno)
+			return true
+		}
+	}
+	return true // never wait
 }

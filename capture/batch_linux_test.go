@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+
+	"culvert/catalog"
 )
 
 // What waits is read several at a time, each with where it came from and what it
@@ -13,7 +15,7 @@ import (
 func TestBatch(t *testing.T) {
 	for _, at := range []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:0"), netip.MustParseAddrPort("[::]:0")} {
 		t.Run(family(at.Addr()), func(t *testing.T) {
-			c, b, err := listenPacketAny(at)
+			c, b, err := listenPacketAny(at, new(batches))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -66,4 +68,17 @@ func TestBatch(t *testing.T) {
 			}
 		})
 	}
+}
+
+// deliver hands one packet to the server.
+func deliver(c interface {
+	Deliver(from catalog.Key, service string, packets [][]byte) (int, error)
+}, from catalog.Key, service string, payload []byte,
+) error {
+	packets := [1][]byte{payload}
+	n, err := c.Deliver(from, service, packets[:])
+	if (n == 1) != (err == nil) {
+		return fmt.Errorf("%d packets delivered, and %w", n, err)
+	}
+	return err
 }

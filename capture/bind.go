@@ -72,7 +72,9 @@ type Bind struct {
 	ctx       context.Context // Run's, for endpoints that Set opens later
 	closed    bool
 
-	routes atomic.Pointer[routes]
+	routes  atomic.Pointer[routes]
+	batches batches
+	outlets outlets
 }
 
 // A route names what Deliver is asked for.
@@ -179,7 +181,7 @@ func (b *Bind) openMissing(wanted map[endpointKey]want) (opened []*endpoint, err
 		if b.endpoints[key] != nil {
 			continue
 		}
-		e, err := openEndpoint(key, w.service, w.owner)
+		e, err := openEndpoint(key, w.service, w.owner, &b.batches)
 		if err != nil && w.owner == b.o.Self && errors.Is(err, syscall.EADDRINUSE) {
 			b.log.Info("the server has its advertised address itself: no hairpin needed",
 				zap.Stringer("address", key.addr), zap.String("service", w.service.Name))
@@ -234,18 +236,26 @@ func (b *Bind) publish(peers []catalog.Peer) {
 	b.o.Metrics.setEndpoints(len(b.endpoints))
 }
 
-// Deliver hands a packet to the local server, from the sender's advertised
-// address. It does not block and does not keep payload. It returns
-// [ErrNoEndpoint] for a sender without an endpoint for the service.
-func (b *Bind) Deliver(from catalog.Key, service string, payload []byte) error {
+// Deliver hands packets to the local server, from the sender's advertised
+// address, in their order. It does not block and does not keep them. It returns how
+// many it has handed on and, if not all, why not the next one: [ErrNoEndpoint] for
+// a sender without an endpoint for the service.
+func (b *Bind) Deliver(from catalog.Key, service string, packets [][]byte) (n int, err error) {
 	e := b.routes.Load().packets[route{from, service}]
-	if e == nil {
-		return ErrNoEndpoint
+	switch {
+	case e == nil:
+		return 0, ErrNoEndpoint
+	case len(packets) > 1:
+		n, err = e.deliver(&b.outlets, packets)
+	default:
+		if _, err = e.udp.WriteToUDPAddrPort(packets[0], e.service.Local); err == nil {
+			n = 1
+		}
 	}
-	if _, err := e.udp.WriteToUDPAddrPort(payload, e.service.Local); err != nil {
-		return fmt.Errorf("write packet to the server: %w", err)
+	if err != nil {
+		return n, fmt.Errorf("write packet to the server: %w", err)
 	}
-	return nil
+	return n, nil
 }
 
 // DialServer connects to the local server for a stream of the peer's, from the

@@ -1,11 +1,13 @@
 package capture
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -45,7 +47,7 @@ type recorder struct {
 	packets chan captured
 }
 
-func (r *recorder) Packet(to catalog.Key, service string, payload []byte) {
+func (r *recorder) Packet(to catalog.Key, service string, payload []byte, _ bool) {
 	r.packets <- captured{to, service, string(payload)}
 }
 
@@ -195,7 +197,7 @@ func TestPacketsFromElsewhereAreRefused(t *testing.T) {
 
 func TestDeliverComesFromTheSendersAddress(t *testing.T) {
 	h := newHost(t, false, peer(bob, bobAddr))
-	if err := h.bind.Deliver(bob, "gossip-packet", []byte("hello")); err != nil {
+	if err := deliver(h.bind, bob, "gossip-packet", []byte("hello")); err != nil {
 		t.Fatal(err)
 	}
 	payload, from := h.serverReads(t)
@@ -206,7 +208,7 @@ func TestDeliverComesFromTheSendersAddress(t *testing.T) {
 		from    catalog.Key
 		service string
 	}{{carol, "gossip-packet"}, {bob, "other"}} {
-		if err := h.bind.Deliver(c.from, c.service, []byte("x")); !errors.Is(err, ErrNoEndpoint) {
+		if err := deliver(h.bind, c.from, c.service, []byte("x")); !errors.Is(err, ErrNoEndpoint) {
 			t.Errorf("Deliver(%v, %s): %v, want ErrNoEndpoint", c.from, c.service, err)
 		}
 	}
@@ -214,9 +216,38 @@ func TestDeliverComesFromTheSendersAddress(t *testing.T) {
 
 func TestDeliverAllocatesNothing(t *testing.T) {
 	h := newHost(t, false, peer(bob, bobAddr))
-	payload := make([]byte, 600)
-	if n := testing.AllocsPerRun(200, func() { _ = h.bind.Deliver(bob, "gossip-packet", payload) }); n > 0 {
-		t.Errorf("Deliver allocates %v objects a packet", n)
+	for _, count := range []int{1, 40} {
+		packets := slices.Repeat([][]byte{make([]byte, 600)}, count)
+		if n := testing.AllocsPerRun(200, func() { _, _ = h.bind.Deliver(bob, "gossip-packet", packets) }); n > 0 {
+			t.Errorf("Deliver allocates %v objects for %d packets", n, count)
+		}
+	}
+}
+
+// Many packets at once arrive as one at a time would: in their order, each whole,
+// from the sender's address.
+func TestDeliverMany(t *testing.T) {
+	h := newHost(t, false, peer(bob, bobAddr))
+	var packets [][]byte
+	for i := range 2*batchSize + 3 {
+		packets = append(packets, bytes.Repeat([]byte{byte(i)}, 1+100*i))
+	}
+	if n, err := h.bind.Deliver(bob, "gossip-packet", packets); n != len(packets) || err != nil {
+		t.Fatalf("%d of %d packets, %v", n, len(packets), err)
+	}
+	buf := make([]byte, 1<<16)
+	for i, want := range packets {
+		_ = h.udp.SetReadDeadline(time.Now().Add(5 * time.Second))
+		n, from, err := h.udp.ReadFromUDPAddrPort(buf)
+		if err != nil || !bytes.Equal(buf[:n], want) || from != netip.AddrPortFrom(bobAddr, h.port) {
+			t.Fatalf("packet %d: %d bytes from %v, %v", i, n, from, err)
+		}
+	}
+	// One that the kernel refuses is told, and costs no other.
+	packets = [][]byte{[]byte("1"), make([]byte, maxDatagram), []byte("3")}
+	n, err := h.bind.Deliver(bob, "gossip-packet", packets)
+	if n != 1 || !errors.Is(err, syscall.EMSGSIZE) {
+		t.Fatalf("%d packets, %v", n, err)
 	}
 }
 
@@ -396,7 +427,7 @@ func TestSetTouchesNobodyElse(t *testing.T) {
 	if got := h.next(t); got.to != bob {
 		t.Errorf("captured for %v, want %v", got.to, bob)
 	}
-	if err := h.bind.Deliver(carol, "gossip-packet", []byte("moved")); err != nil {
+	if err := deliver(h.bind, carol, "gossip-packet", []byte("moved")); err != nil {
 		t.Fatal(err)
 	}
 	if _, from := h.serverReads(t); from.Addr() != bobAddr {

@@ -56,8 +56,9 @@ func (s Service) network() string {
 // A Handler takes what the local server sends to its peers.
 type Handler interface {
 	// Packet is called for each datagram. It must not block, and payload is
-	// its caller's again when it returns.
-	Packet(to catalog.Key, service string, payload []byte)
+	// its caller's again when it returns. With more, the same goroutine's next
+	// call is for the same peer and service, and follows at once.
+	Packet(to catalog.Key, service string, payload []byte, more bool)
 	// Stream is called in a goroutine of its own for each connection and owns
 	// c from then on. It returns when c is closed, at the latest soon after
 	// ctx has ended.

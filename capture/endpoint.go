@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -31,11 +32,14 @@ type endpoint struct {
 	key     endpointKey
 	service Service
 	owner   atomic.Pointer[catalog.Key]
-	udp     *net.UDPConn // one of udp and tcp is set
+	udp     *net.UDPConn    // one of udp and tcp is set
+	inlet   *inlet          // reads udp
+	raw     syscall.RawConn // writes to udp
+	server  []byte          // where the server listens, as a sockaddr
 	tcp     *net.TCPListener
 }
 
-func openEndpoint(key endpointKey, s Service, owner catalog.Key) (*endpoint, error) {
+func openEndpoint(key endpointKey, s Service, owner catalog.Key, p *batches) (*endpoint, error) {
 	if key.addr.Addr().Is6() {
 		if err := iproute.Local(key.addr.Addr()); err != nil {
 			return nil, err
@@ -45,7 +49,7 @@ func openEndpoint(key endpointKey, s Service, owner catalog.Key) (*endpoint, err
 	e.owner.Store(&owner)
 	var err error
 	if key.packet {
-		e.udp, err = listenPacket(key.addr)
+		err = e.openPacket(p)
 	} else {
 		e.tcp, err = listenStream(key.addr)
 	}
@@ -53,6 +57,38 @@ func openEndpoint(key endpointKey, s Service, owner catalog.Key) (*endpoint, err
 		return nil, err
 	}
 	return e, nil
+}
+
+func (e *endpoint) openPacket(p *batches) (err error) {
+	e.udp, err = listenPacket(e.key.addr)
+	if err != nil {
+		return err
+	}
+	e.server = sockaddr(e.service.Local)
+	e.raw, err = e.udp.SyscallConn()
+	if err == nil {
+		e.inlet, err = newInlet(e.udp, p, false)
+	}
+	if err != nil {
+		_ = e.udp.Close()
+	}
+	return err
+}
+
+// deliver hands packets to the server and returns how many it took, before the
+// one that the error is about.
+func (e *endpoint) deliver(p *outlets, packets [][]byte) (n int, err error) {
+	o := p.get()
+	defer p.put(o)
+	for n < len(packets) && err == nil {
+		o.load(packets[n:], e.server, nil)
+		err = e.raw.Write(o.send)
+		n += o.sent
+		if err == nil {
+			err = o.err
+		}
+	}
+	return n, err
 }
 
 func (e *endpoint) close() {
@@ -66,9 +102,8 @@ func (e *endpoint) close() {
 // servePackets reads what the local server sends to the endpoint's owner until
 // the socket is closed.
 func (b *Bind) servePackets(ctx context.Context, e *endpoint) {
-	buf := make([]byte, maxDatagram)
 	for {
-		n, src, err := e.udp.ReadFromUDPAddrPort(buf)
+		n, err := e.inlet.next()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -79,17 +114,20 @@ func (b *Bind) servePackets(ctx context.Context, e *endpoint) {
 			}
 			continue
 		}
-		if from := src.Addr().Unmap(); from != b.o.Server {
-			b.wrongSource(e, from)
-			continue
+		to, out := *e.owner.Load(), handing{Handler: b.o.Handler, service: e.service.Name}
+		for i := range n {
+			payload, from, _ := e.inlet.at(i)
+			switch {
+			case from.Addr() != b.o.Server:
+				b.wrongSource(e, from.Addr())
+			case to == b.o.Self:
+				b.o.Metrics.countHairpin(true)
+				_, _ = e.udp.WriteToUDPAddrPort(payload, e.service.Local) // lost like any datagram
+			default:
+				out.packet(to, payload)
+			}
 		}
-		to := *e.owner.Load()
-		if to == b.o.Self {
-			b.o.Metrics.countHairpin(true)
-			_, _ = e.udp.WriteToUDPAddrPort(buf[:n], e.service.Local) // lost like any datagram
-			continue
-		}
-		b.o.Handler.Packet(to, e.service.Name, buf[:n])
+		out.flush()
 	}
 }
 

@@ -70,7 +70,7 @@ func systemError(err error) error {
 
 // listenPacketAny opens a socket for every endpoint at once. Each datagram tells
 // which it was for (ip(7), IP_PKTINFO; ipv6(7), IPV6_RECVPKTINFO).
-func listenPacketAny(at netip.AddrPort) (*net.UDPConn, *batch, error) {
+func listenPacketAny(at netip.AddrPort, p *batches) (*net.UDPConn, *inlet, error) {
 	lc := net.ListenConfig{Control: func(network, address string, rc syscall.RawConn) error {
 		return errors.Join(freebind(network, address, rc), setsockopt(rc, func(fd int) error {
 			if at.Addr().Is6() {
@@ -83,12 +83,12 @@ func listenPacketAny(at netip.AddrPort) (*net.UDPConn, *batch, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	b, err := newBatch(c)
+	in, err := newInlet(c, p, true)
 	if err != nil {
 		_ = c.Close()
 		return nil, nil, err
 	}
-	return c, b, nil
+	return c, in, nil
 }
 
 func setsockopt(rc syscall.RawConn, set func(fd int) error) error {

@@ -88,6 +88,8 @@ type Redirect struct {
 	sockets []*redirectSocket
 	routes  atomic.Pointer[redirectRoutes] // what the data path reads; replaced whole
 	probed  *prober
+	batches batches
+	outlets outlets
 
 	mu         sync.Mutex
 	state      ruleset.State // what the kernel should hold
@@ -102,7 +104,7 @@ type redirectSocket struct {
 	service Service
 	port    uint16
 	udp     *net.UDPConn // one of udp and tcp is set
-	batch   *batch       // reads udp
+	inlet   *inlet       // reads udp
 	voice   *voice       // beside udp: hands the server what peers send
 	server  []byte       // where the server listens, as a sockaddr
 	tcp     *net.TCPListener
@@ -250,7 +252,7 @@ func (r *Redirect) openSockets() error {
 			}
 			socket := &redirectSocket{service: s, port: port}
 			if s.Packet {
-				err = socket.openPacket(at, taken)
+				err = socket.openPacket(at, taken, &r.batches)
 			} else {
 				socket.tcp, err = listenStream(at)
 			}
@@ -271,13 +273,13 @@ func (r *Redirect) openSockets() error {
 
 // openPacket opens the two sockets of a packet service: one to take what the
 // server sends, one to hand it what peers do.
-func (s *redirectSocket) openPacket(at netip.AddrPort, taken map[uint16]bool) (err error) {
+func (s *redirectSocket) openPacket(at netip.AddrPort, taken map[uint16]bool, p *batches) (err error) {
 	s.voice, err = openVoice(at.Addr().Is6(), taken)
 	if err != nil {
 		return err
 	}
 	s.server = sockaddr(s.service.Local)
-	s.udp, s.batch, err = listenPacketAny(at)
+	s.udp, s.inlet, err = listenPacketAny(at, p)
 	if err != nil {
 		s.voice.close()
 	}
@@ -340,24 +342,25 @@ func (r *Redirect) use(s ruleset.State, peers []catalog.Peer) {
 	r.o.Metrics.setLost(len(s.Lost))
 }
 
-// Deliver hands a packet to the local server, from the sender's advertised address;
-// the rules make its port the service's. It does not block and does not keep
-// payload. It returns [ErrNoEndpoint] for a sender that is not captured.
-func (r *Redirect) Deliver(from catalog.Key, service string, payload []byte) error {
+// Deliver hands packets to the local server, from the sender's advertised address;
+// the rules make their port the service's. Otherwise it is as [Bind.Deliver]; it
+// returns [ErrNoEndpoint] for a sender that is not captured.
+func (r *Redirect) Deliver(from catalog.Key, service string, packets [][]byte) (int, error) {
 	e, ok := r.routes.Load().endpoints[from]
 	if !ok {
-		return ErrNoEndpoint
+		return 0, ErrNoEndpoint
 	}
 	for _, s := range r.sockets {
 		if s.udp == nil || s.service.Name != service {
 			continue
 		}
-		if err := s.voice.send(payload, e.control, s.server); err != nil {
-			return fmt.Errorf("write packet to the server: %w", err)
+		n, err := s.voice.send(&r.outlets, packets, e.control, s.server)
+		if err != nil {
+			return n, fmt.Errorf("write packet to the server: %w", err)
 		}
-		return nil
+		return n, nil
 	}
-	return ErrNoEndpoint
+	return 0, ErrNoEndpoint
 }
 
 // DialServer connects to the local server for a stream of the peer's, from the

@@ -9,6 +9,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"culvert/catalog"
 	"culvert/internal/pause"
 	"culvert/internal/pipe"
 )
@@ -17,7 +18,7 @@ import (
 // closed.
 func (r *Redirect) servePackets(ctx context.Context, s *redirectSocket) {
 	for {
-		n, err := s.batch.next()
+		n, err := s.inlet.next()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -28,23 +29,42 @@ func (r *Redirect) servePackets(ctx context.Context, s *redirectSocket) {
 			}
 			continue
 		}
-		routes := r.routes.Load()
+		routes, out := r.routes.Load(), handing{Handler: r.o.Handler, service: s.service.Name}
 		for i := range n {
-			payload, from, endpoint := s.batch.at(i)
-			r.takePacket(s, routes, payload, from, endpoint)
+			payload, from, endpoint := s.inlet.at(i)
+			to, ok := routes.owners[endpoint]
+			switch {
+			case !ok, !r.local.contains(from.Addr()):
+				r.stray(s, from.Addr(), endpoint)
+			case r.probed.isPacket(payload):
+				_, _ = s.voice.send(&r.outlets, [][]byte{payload}, routes.endpoints[to].control, sockaddr(from)) // lost like any datagram
+			default:
+				out.packet(to, payload)
+			}
 		}
+		out.flush()
 	}
 }
 
-func (r *Redirect) takePacket(s *redirectSocket, routes *redirectRoutes, payload []byte, from netip.AddrPort, endpoint netip.Addr) {
-	to, ok := routes.owners[endpoint]
-	switch {
-	case !ok, !r.local.contains(from.Addr()):
-		r.stray(s, from.Addr(), endpoint)
-	case r.probed.isPacket(payload):
-		_ = s.voice.send(payload, routes.endpoints[to].control, sockaddr(from)) // lost like any datagram
-	default:
-		r.o.Handler.Packet(to, s.service.Name, payload)
+// handing gives a handler packets, each of them as soon as it is known whether the
+// next one is for the same peer.
+type handing struct {
+	Handler
+	service string
+	to      catalog.Key
+	last    []byte // nil: none
+}
+
+func (h *handing) packet(to catalog.Key, payload []byte) {
+	if h.last != nil {
+		h.Packet(h.to, h.service, h.last, to == h.to)
+	}
+	h.to, h.last = to, payload
+}
+
+func (h *handing) flush() {
+	if h.last != nil {
+		h.Packet(h.to, h.service, h.last, false)
 	}
 }
 

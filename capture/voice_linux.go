@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"sync"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -84,33 +83,23 @@ func newVoice(v6 bool) (_ *voice, err error) {
 	return v, nil
 }
 
-// send sends a packet to an address, from the one that control names. It does not
-// block, allocates nothing and does not keep what it is given.
-func (v *voice) send(payload, control, to []byte) error {
-	h := unix.Msghdr{Name: &to[0], Namelen: uint32(len(to)), Control: &control[0]} //nolint:gosec // a few bytes
-	h.SetControllen(len(control))
-	var data unix.Iovec
-	if len(payload) > 0 {
-		data.Base = &payload[0]
-		data.SetLen(len(payload))
-	}
-	h.Iov = &data
-	h.SetIovlen(1)
+// send sends packets to an address, from the one that control names, and returns
+// how many were sent before the one that the error is about. It does not block,
+// allocates nothing and does not keep what it is given.
+func (v *voice) send(p *outlets, packets [][]byte, control, to []byte) (n int, err error) {
+	o := p.get()
+	defer p.put(o)
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	if v.fd < 0 {
-		return net.ErrClosed
+		return 0, net.ErrClosed
 	}
-	for {
-		_, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(v.fd), uintptr(unsafe.Pointer(&h)), unix.MSG_DONTWAIT) //nolint:gosec // as rule 4 of package unsafe has it
-		switch errno {
-		case 0:
-			return nil
-		case unix.EINTR:
-			continue
-		}
-		return os.NewSyscallError("sendmsg", errno)
+	for n < len(packets) && err == nil {
+		o.load(packets[n:], to, control)
+		o.trySend(uintptr(v.fd))
+		n, err = n+o.sent, o.err
 	}
+	return n, err
 }
 
 func (v *voice) close() {

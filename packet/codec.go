@@ -1,7 +1,6 @@
 package packet
 
 import (
-	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -19,9 +18,8 @@ const (
 	// announces more has lost its framing, or means harm, and is closed.
 	MaxFrame = 4 << 20
 
-	// readBuffer holds the usual gossip packet (1,400 bytes) whole. It is small because an idle connection keeps
-	// it; a longer frame takes a buffer of its own.
-	readBuffer = 4 << 10
+	// readBuffer holds the longest frame that is not skipped, and many of the usual size.
+	readBuffer = 64 << 10
 )
 
 // FrameTooLargeError reports a frame announced with more than [MaxFrame] bytes. The connection cannot go on.
@@ -44,26 +42,33 @@ func AppendFrame(dst, payload []byte) []byte {
 }
 
 // Reader reads frames from a connection. It is the connection's only reader for its whole life, and is for one
-// goroutine.
+// goroutine. It waits for a frame with four bytes of memory, and has a buffer while there is something in it.
 type Reader struct {
-	br      *bufio.Reader
-	held    int    // bytes of the last frame that still lie in br
-	large   []byte // for frames that br cannot hold; at most MaxPayload bytes
-	skipped uint64
-	err     error
+	r        io.Reader
+	buffers  buffers
+	head     [HeaderLen]byte
+	buf      *[readBuffer]byte // nil: nothing is held
+	off, end int               // what is held and not read
+	skipped  uint64
+	err      error
+}
+
+// buffers are those of readers that share them.
+type buffers interface {
+	Get() *[readBuffer]byte
+	Put(b *[readBuffer]byte)
 }
 
 // NewReader returns a Reader of the frames in r.
-func NewReader(r io.Reader) *Reader { return newReaderSize(r, readBuffer) }
+func NewReader(r io.Reader) *Reader { return newReader(r, newBuffers()) }
 
-func newReaderSize(r io.Reader, size int) *Reader {
-	return &Reader{br: bufio.NewReaderSize(r, size)}
-}
+func newReader(r io.Reader, b buffers) *Reader { return &Reader{r: r, buffers: b} }
 
 // Skipped returns how many frames were skipped so far because they were longer than [MaxPayload].
 func (r *Reader) Skipped() uint64 { return r.skipped }
 
-// Next returns the payload of the next frame, valid until the next call. A keepalive is an empty, non-nil slice.
+// Next returns the payload of the next frame, valid until the next call for which [Reader.Ready] was false. A
+// keepalive is an empty, non-nil slice.
 //
 // At the end of the input the error is [io.EOF] between frames and [io.ErrUnexpectedEOF] inside of one; a frame
 // over [MaxFrame] is a [*FrameTooLargeError]; any other error is the underlying reader's. Each is final.
@@ -72,58 +77,100 @@ func (r *Reader) Next() ([]byte, error) {
 		return nil, r.err
 	}
 	p, err := r.next()
-	r.err = err
+	if err != nil {
+		r.err = err
+		r.release()
+	}
 	return p, err
 }
 
-func (r *Reader) next() ([]byte, error) {
-	if _, err := r.br.Discard(r.held); err != nil {
-		return nil, err
+// Ready says whether the next frame is at hand in whole, so that the next call of Next reads nothing.
+func (r *Reader) Ready() bool {
+	if r.end-r.off < HeaderLen {
+		return false
 	}
-	r.held = 0
+	size := binary.BigEndian.Uint32(r.buf[r.off:])
+	return size <= MaxPayload && r.end-r.off >= HeaderLen+int(size)
+}
+
+func (r *Reader) next() ([]byte, error) {
 	for {
-		head, err := r.br.Peek(HeaderLen)
-		if err != nil {
-			if len(head) > 0 {
-				err = truncated(err)
-			}
+		size, err := r.header()
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		size := binary.BigEndian.Uint32(head)
-		if size > MaxFrame {
+		case size > MaxFrame:
 			return nil, &FrameTooLargeError{Size: int64(size), Limit: MaxFrame}
-		}
-		if _, err := r.br.Discard(HeaderLen); err != nil {
-			return nil, err
-		}
-		if size <= MaxPayload {
-			return r.payload(int(size))
+		case size == 0:
+			return r.head[:0], nil
+		case size <= MaxPayload:
+			if err := r.need(int(size)); err != nil {
+				return nil, truncated(err)
+			}
+			p := r.buf[r.off : r.off+int(size)]
+			r.off += int(size)
+			return p, nil
 		}
 		r.skipped++
-		if _, err := r.br.Discard(int(size)); err != nil {
+		if err := r.skip(int(size)); err != nil {
 			return nil, truncated(err)
 		}
 	}
 }
 
-// payload reads n bytes, n being MaxPayload at most: in place where the buffer can hold them.
-func (r *Reader) payload(n int) ([]byte, error) {
-	if n <= r.br.Size() {
-		p, err := r.br.Peek(n)
-		if err != nil {
-			return nil, truncated(err)
+// header reads a frame's header.
+func (r *Reader) header() (size uint32, err error) {
+	if r.off == r.end {
+		r.release()
+		_, err := io.ReadFull(r.r, r.head[:])
+		return binary.BigEndian.Uint32(r.head[:]), err
+	}
+	if err := r.need(HeaderLen); err != nil {
+		return 0, truncated(err)
+	}
+	size = binary.BigEndian.Uint32(r.buf[r.off:])
+	r.off += HeaderLen
+	return size, nil
+}
+
+// need reads until n bytes are held.
+func (r *Reader) need(n int) error {
+	if r.buf == nil {
+		r.buf = r.buffers.Get()
+	}
+	if r.off+n > len(r.buf) || r.off == r.end {
+		r.end = copy(r.buf[:], r.buf[r.off:r.end])
+		r.off = 0
+	}
+	if missing := n - (r.end - r.off); missing > 0 {
+		got, err := io.ReadAtLeast(r.r, r.buf[r.end:], missing)
+		r.end += got
+		return err
+	}
+	return nil
+}
+
+// skip reads past n bytes.
+func (r *Reader) skip(n int) error {
+	for n > 0 {
+		if r.off == r.end {
+			if err := r.need(1); err != nil {
+				return err
+			}
 		}
-		r.held = n
-		return p, nil
+		past := min(n, r.end-r.off)
+		r.off += past
+		n -= past
 	}
-	if cap(r.large) < n {
-		r.large = make([]byte, min(max(n, 2*cap(r.large)), MaxPayload))
+	return nil
+}
+
+// release gives the buffer back. Nothing is held in it.
+func (r *Reader) release() {
+	if r.buf != nil {
+		r.buffers.Put(r.buf)
+		r.buf, r.off, r.end = nil, 0, 0
 	}
-	p := r.large[:n]
-	if _, err := io.ReadFull(r.br, p); err != nil {
-		return nil, truncated(err)
-	}
-	return p, nil
 }
 
 // truncated turns an end of input inside a frame into [io.ErrUnexpectedEOF].

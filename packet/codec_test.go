@@ -121,8 +121,8 @@ func seeds(t testing.TB) []seed {
 		seed{nil, 0},
 		seed{native, 0},
 		seed{native[:len(native)-1], 0},
-		seed{[]byte{0, 0, 0x10, 0}, readBuffer},
-		seed{[]byte{0, 0, 0x10, 1}, readBuffer + 1},
+		seed{[]byte{0, 0, 0x10, 0}, 4096},
+		seed{[]byte{0, 0, 0x10, 1}, 4097},
 		seed{[]byte{0, 0, 0xff, 0xe3}, MaxPayload + 2*HeaderLen}, // and two keepalives
 	)
 }
@@ -152,11 +152,11 @@ func FuzzReader(f *testing.F) {
 		in = seed{in, int(pad % maxPad)}.bytes()
 		want := model(in)
 		for name, r := range map[string]*Reader{
-			"whole":          NewReader(bytes.NewReader(in)),
-			"in steps":       NewReader(&stepReader{b: in, step: int(step) + 1}),
-			"end with data":  NewReader(iotest.DataErrReader(bytes.NewReader(in))),
-			"small buffer":   newReaderSize(bytes.NewReader(in), 16),
-			"small and half": newReaderSize(iotest.HalfReader(bytes.NewReader(in)), 16),
+			"whole":         NewReader(bytes.NewReader(in)),
+			"in steps":      NewReader(&stepReader{b: in, step: int(step) + 1}),
+			"end with data": NewReader(iotest.DataErrReader(bytes.NewReader(in))),
+			"half":          NewReader(iotest.HalfReader(bytes.NewReader(in))),
+			"large steps":   NewReader(&stepReader{b: in, step: 40_000}),
 		} {
 			got := decode(r)
 			if !got.equal(want) {
@@ -182,7 +182,7 @@ func FuzzReader(f *testing.F) {
 func FuzzPrefix(f *testing.F) {
 	f.Add([]byte("hello"), uint16(0), []byte{}, uint16(0), uint32(3))
 	f.Add([]byte{}, uint16(0), []byte("x"), uint16(0), uint32(4))
-	f.Add([]byte{1}, uint16(readBuffer), []byte{2}, uint16(MaxPayload-1), uint32(70000))
+	f.Add([]byte{1}, uint16(40_000), []byte{2}, uint16(MaxPayload-1), uint32(70000))
 	f.Fuzz(func(t *testing.T, a []byte, padA uint16, b []byte, padB uint16, cut uint32) {
 		a, b = seed{a, int(padA)}.bytes(), seed{b, int(padB)}.bytes()
 		a, b = a[:min(len(a), MaxPayload)], b[:min(len(b), MaxPayload)]
@@ -213,7 +213,7 @@ func TestSeedsReachEachBranch(t *testing.T) {
 		cut = cut || d.err == io.ErrUnexpectedEOF
 		skipped = skipped || d.skipped > 0 && len(d.payloads) > 0
 		for _, p := range d.payloads {
-			good = good || len(p) > readBuffer
+			good = good || len(p) > 4096
 			keepalive = keepalive || len(p) == 0
 		}
 	}
@@ -236,7 +236,7 @@ func TestHostileLengthCostsNothing(t *testing.T) {
 			}
 		}
 		runtime.ReadMemStats(&after)
-		if got := after.TotalAlloc - before.TotalAlloc; got > 32<<10 {
+		if got := after.TotalAlloc - before.TotalAlloc; got > readBuffer+8<<10 {
 			t.Errorf("% x...: %d bytes allocated", in[:4], got)
 		}
 		if src.n > len(in) {

@@ -53,11 +53,10 @@ type LinkOptions struct {
 	Peer    catalog.Key // the peer, for metrics and logs
 	Service string      // for logs
 
-	// Deliver is handed what the peer sends on connections that the link has dialled, as [Receiver.Serve] has it, and
-	// Receiver counts that. With it the link offers its peer to send both ways on each connection, and is connected
+	// Deliver is handed what the peer sends on connections that the link has dialled, and Receiver counts that. With it the link offers its peer to send both ways on each connection, and is connected
 	// all the time to a peer that does. Nil: packets go from the dialler to the acceptor, and the link is connected
 	// while there is something to send.
-	Deliver  func(payload []byte) error
+	Deliver  Deliver
 	Receiver *Receiver // nil: of its own
 	// Pulse beats for the link's connections; nil: they are neither kept alive nor found dead or idle.
 	Pulse *Pulse

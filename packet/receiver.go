@@ -13,11 +13,14 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/catalog"
+	"culvert/internal/free"
 )
 
 const (
 	defaultReceiveIdle = 150 * time.Second
 
+	// maxBatch is how many packets are delivered at once at most.
+	maxBatch = 64
 	// idleGrain is the part of the idle limit that a connection may be closed early by: to set a deadline for each
 	// packet would cost more than to read it.
 	idleGrain = 50
@@ -35,6 +38,8 @@ type ReceiverOptions struct {
 	Metrics *Metrics    // nil: of its own
 }
 
+func newBuffers() buffers { return new(free.List[[readBuffer]byte]) }
+
 // Received is what came from one peer, over all of its connections and services.
 type Received struct {
 	Packets uint64            // delivered
@@ -47,6 +52,8 @@ type Receiver struct {
 	idle time.Duration
 	log  *zap.Logger
 	m    *Metrics
+
+	buffers buffers
 
 	mu      sync.Mutex
 	sources map[catalog.Key]*source
@@ -74,20 +81,18 @@ func NewReceiver(o ReceiverOptions) *Receiver {
 		o.Metrics = NewMetrics(nil)
 	}
 	return &Receiver{
-		idle: o.IdleTimeout, log: o.Log.Named("packet"), m: o.Metrics, sources: make(map[catalog.Key]*source),
+		idle: o.IdleTimeout, log: o.Log.Named("packet"), m: o.Metrics, buffers: newBuffers(), sources: make(map[catalog.Key]*source),
 	}
 }
 
-// Serve answers on c, where that is Culvert's protocol, and gives each packet to deliver until the peer closes
+// Serve answers on c, where that is Culvert's protocol, and gives the packets to deliver until the peer closes
 // the connection or is idle for too long, which are no errors. When ctx ends Serve tells the peer to stop, takes
 // what is under way for a second at most, and returns nil. It owns c and closes it.
 //
 // If the peer offers so, what link has to send goes out on c; nil: there is no link to the peer.
 //
-// Deliver must not keep the payload. Its error drops the packet: one that wraps a [Reason] is counted as that,
-// any other as [ReasonDeliverError]; neither ends the connection. From must be the verified identity of the
-// peer; nothing is kept for one all of whose packets are dropped as [ReasonUnknownPeer] or [ReasonNoNode].
-func (r *Receiver) Serve(ctx context.Context, c Conn, from catalog.Key, link *Link, deliver func(payload []byte) error) error {
+// From must be the verified identity of the peer; nothing is kept for one all of whose packets are dropped as [ReasonUnknownPeer] or [ReasonNoNode].
+func (r *Receiver) Serve(ctx context.Context, c Conn, from catalog.Key, link *Link, deliver Deliver) error {
 	in := &inbound{Conn: c, idle: r.idle, link: link, feed: feed{r: r, from: from, deliver: deliver}}
 	stop := onDone(ctx, in.drain)
 	defer stop() // after the connection is closed: a drain that waits for the peer ends with it
@@ -104,13 +109,19 @@ func (r *Receiver) Serve(ctx context.Context, c Conn, from catalog.Key, link *Li
 	return nil
 }
 
+// Deliver hands packets to the local server, in their order. It returns how many of them it has handed on and, if not
+// all, why not the next one; it is called again for those behind that. It must not keep them. A reason that is or wraps
+// a [Reason] is counted as that, any other as [ReasonDeliverError]; neither ends the connection.
+type Deliver func(packets [][]byte) (n int, err error)
+
 // feed is what one connection brings: it hands that to the local server, and counts.
 type feed struct {
 	r       *Receiver
 	from    catalog.Key
-	deliver func([]byte) error
-	src     *source // nil: not known yet
-	large   uint64  // frames skipped, counted
+	deliver Deliver
+	src     *source  // nil: not known yet
+	large   uint64   // frames skipped, counted
+	batch   [][]byte // of take
 }
 
 // skipped counts the frames that a reader has skipped since the last time.
@@ -121,16 +132,44 @@ func (f *feed) skipped(by *Reader) {
 	}
 }
 
-// take hands on one packet and counts it.
-func (f *feed) take(p []byte) {
-	err := f.deliver(p)
-	if err == nil {
-		f.src = f.r.source(f.src, f.from)
-		f.src.packets.Add(1)
-		f.src.bytes.Add(uint64(len(p)))
-		f.src.in.add(1, uint64(len(p)))
+// take hands on a packet, and those which are at hand behind it.
+func (f *feed) take(p []byte, frames *Reader) error {
+	batch := append(f.batch[:0], p)
+	var err error
+	for len(batch) < maxBatch && err == nil && frames.Ready() {
+		if p, err = frames.Next(); len(p) > 0 {
+			batch = append(batch, p)
+		}
+	}
+	f.batch = batch[:0]
+	for len(batch) > 0 {
+		n, err := f.deliver(batch)
+		f.delivered(batch[:n])
+		if err == nil {
+			break
+		}
+		f.lost(err)
+		batch = batch[n+1:]
+	}
+	f.skipped(frames)
+	return err
+}
+
+func (f *feed) delivered(batch [][]byte) {
+	if len(batch) == 0 {
 		return
 	}
+	var bytes uint64
+	for _, p := range batch {
+		bytes += uint64(len(p))
+	}
+	f.src = f.r.source(f.src, f.from)
+	f.src.packets.Add(uint64(len(batch)))
+	f.src.bytes.Add(bytes)
+	f.src.in.add(uint64(len(batch)), bytes)
+}
+
+func (f *feed) lost(err error) {
 	var reason Reason
 	if !errors.As(err, &reason) {
 		reason = ReasonDeliverError
@@ -219,16 +258,17 @@ func (in *inbound) serve() error {
 			return fmt.Errorf("answer: %w", err)
 		}
 	}
-	frames := NewReader(in)
+	frames := newReader(in, in.feed.r.buffers)
 	for first := true; ; first = false {
 		p, err := frames.Next()
 		in.feed.skipped(frames)
+		if err == nil && len(p) > 0 {
+			err = in.feed.take(p, frames)
+		}
 		if err != nil {
 			return fmt.Errorf("read frame: %w", err)
 		}
-		if len(p) > 0 {
-			in.feed.take(p)
-		} else if first && in.Coalesce() && in.link != nil {
+		if len(p) == 0 && first && in.Coalesce() && in.link != nil {
 			in.adopt()
 		}
 	}

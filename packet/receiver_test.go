@@ -40,14 +40,16 @@ func serve(t *testing.T, r *Receiver, coalesce bool, verdict func(string) error)
 	})
 	go func() {
 		defer close(s.done)
-		s.err = r.Serve(ctx, near, bob(), nil, func(p []byte) error {
-			if verdict != nil {
-				if err := verdict(string(p)); err != nil {
-					return err
+		s.err = r.Serve(ctx, near, bob(), nil, func(packets [][]byte) (int, error) {
+			for i, p := range packets {
+				if verdict != nil {
+					if err := verdict(string(p)); err != nil {
+						return i, err
+					}
 				}
+				s.got = append(s.got, string(p))
 			}
-			s.got = append(s.got, string(p))
-			return nil
+			return len(packets), nil
 		})
 	}()
 	synctest.Wait()
@@ -309,9 +311,11 @@ func TestRestartOfReceiverCostsNoPacket(t *testing.T) {
 				defer close(done)
 				select {
 				case c := <-b.peers:
-					if err := r.Serve(ctx, c, bob(), nil, func(p []byte) error {
-						got = append(got, string(p))
-						return nil
+					if err := r.Serve(ctx, c, bob(), nil, func(packets [][]byte) (int, error) {
+						for _, p := range packets {
+							got = append(got, string(p))
+						}
+						return len(packets), nil
 					}); err != nil {
 						t.Errorf("Serve: %v", err)
 					}
@@ -374,7 +378,7 @@ func TestReceiverAllocates(t *testing.T) {
 	r := NewReceiver(ReceiverOptions{})
 	in := bytes.Repeat(AppendFrame(nil, make([]byte, 1400)), packets)
 	n := 0
-	deliver := func([]byte) error { n++; return nil }
+	deliver := func(packets [][]byte) (int, error) { n += len(packets); return len(packets), nil }
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	err := r.Serve(t.Context(), &inputConn{Reader: bytes.NewReader(in)}, bob(), nil, deliver)
@@ -394,7 +398,7 @@ func BenchmarkReceive(b *testing.B) {
 	b.SetBytes(int64(len(in)))
 	b.ReportAllocs()
 	for b.Loop() {
-		err := r.Serve(b.Context(), &inputConn{Reader: bytes.NewReader(in)}, bob(), nil, func([]byte) error { return nil })
+		err := r.Serve(b.Context(), &inputConn{Reader: bytes.NewReader(in)}, bob(), nil, func(packets [][]byte) (int, error) { return len(packets), nil })
 		if err != nil {
 			b.Fatal(err)
 		}

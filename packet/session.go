@@ -316,7 +316,7 @@ func (s *session) Read(p []byte) (int, error) {
 // read returns why a connection of Culvert's protocol ended. The first frame is the peer's answer, an empty one. Any
 // other tells that it takes the offer, if one was made.
 func (s *session) read() error {
-	frames := NewReader(s)
+	frames := newReader(s, s.in.r.buffers)
 	for n := 0; ; n++ {
 		p, err := frames.Next()
 		s.in.skipped(frames)
@@ -338,8 +338,11 @@ func (s *session) read() error {
 		case n == 1 && s.in.deliver != nil:
 			s.accept()
 		}
-		if len(p) > 0 {
-			s.in.take(p)
+		if len(p) == 0 {
+			continue
+		}
+		if err := s.in.take(p, frames); err != nil {
+			return fmt.Errorf("read: %w", err)
 		}
 	}
 }

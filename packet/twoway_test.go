@@ -34,11 +34,13 @@ type node struct {
 	delay time.Duration // of a dial
 }
 
-func (n *node) deliver(p []byte) error {
+func (n *node) deliver(packets [][]byte) (int, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.got = append(n.got, string(p))
-	return nil
+	for _, p := range packets {
+		n.got = append(n.got, string(p))
+	}
+	return len(packets), nil
 }
 
 func (n *node) received() []string {
@@ -164,8 +166,7 @@ func TestTwoWay(t *testing.T) {
 // Peers of before know nothing of offers: each direction has a connection of its own, dialled for packets.
 func TestTwoWayWithPeersOfBefore(t *testing.T) {
 	inBubble(t, "an acceptor", func(t *testing.T) {
-		got := 0
-		b := newBed(t, true, LinkOptions{Deliver: func([]byte) error { got++; return nil }})
+		b := newBed(t, true, LinkOptions{Deliver: func(packets [][]byte) (int, error) { return len(packets), nil }})
 		after(defaultSpread)
 		far := b.peer(t)
 		after(30 * time.Second)
@@ -197,7 +198,7 @@ func TestTwoWayWithPeersOfBefore(t *testing.T) {
 		}
 	})
 	inBubble(t, "native", func(t *testing.T) {
-		b := newBed(t, false, LinkOptions{Deliver: func([]byte) error { return nil }})
+		b := newBed(t, false, LinkOptions{Deliver: func(packets [][]byte) (int, error) { return len(packets), nil }})
 		after(defaultSpread)
 		far := b.peer(t)
 		after(defaultIdleTimeout + 3*time.Second)

@@ -19,7 +19,7 @@ import (
 // peers, and hands it what they send.
 type capturer interface {
 	Set(peers []catalog.Peer) error
-	Deliver(from catalog.Key, service string, payload []byte) error
+	Deliver(from catalog.Key, service string, packets [][]byte) (int, error)
 	DialServer(ctx context.Context, from catalog.Key, service string) (*net.TCPConn, error)
 	Drain(ctx context.Context) int
 	Run(ctx context.Context) error

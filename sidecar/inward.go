@@ -33,26 +33,26 @@ func (s packetHandler) ServeConn(ctx context.Context, c *alpn.Conn) {
 	if link != nil {
 		s.verified.set(keyOf(from), certs.ServerName(from.Node, from.Datacenter, s.cfg.Load().Domain), c)
 	}
-	deliver := func(payload []byte) error { return s.deliver(from, service, payload) }
+	deliver := func(packets [][]byte) (int, error) { return s.deliver(from, service, packets) }
 	if err := s.receiver.Serve(ctx, c, keyOf(from), link, deliver); err != nil {
 		s.log.Debug("packet connection ended", zap.Stringer("peer", from), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
 	}
 }
 
-// deliver hands one packet to the local server, from its sender's address.
-func (s *Sidecar) deliver(from certs.Identity, service string, payload []byte) error {
+// deliver hands packets to the local server, from their sender's address.
+func (s *Sidecar) deliver(from certs.Identity, service string, packets [][]byte) (int, error) {
 	key := keyOf(from)
 	switch {
 	case from.Node == "":
-		return packet.ReasonNoNode
+		return 0, packet.ReasonNoNode
 	case key == s.self():
-		return packet.ReasonUnknownPeer // whoever it is, it is not us
+		return 0, packet.ReasonUnknownPeer // whoever it is, it is not us
 	}
-	err := s.capture.Deliver(key, service, payload)
+	n, err := s.capture.Deliver(key, service, packets)
 	if err == capture.ErrNoEndpoint { //nolint:errorlint // a sentinel that is never wrapped, on the hot path
-		return packet.ReasonUnknownPeer
+		return n, packet.ReasonUnknownPeer
 	}
-	return err
+	return n, err
 }
 
 // warnUndeliverable says once for each source in a while that a peer's packets

@@ -110,12 +110,12 @@ func (l *links) of(peer catalog.Key, service string) *packet.Link {
 }
 
 // send queues a packet for a peer; false if there is no such link.
-func (l *links) send(to catalog.Key, service string, payload []byte) bool {
+func (l *links) send(to catalog.Key, service string, payload []byte, more bool) bool {
 	k := l.of(to, service)
 	if k == nil {
 		return false
 	}
-	k.Send(payload, false)
+	k.Send(payload, more)
 	return true
 }
 

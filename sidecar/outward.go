@@ -25,8 +25,8 @@ const passthroughDialTimeout = 5 * time.Second
 type handler struct{ *Sidecar }
 
 // Packet queues a packet on the link to its peer.
-func (h handler) Packet(to catalog.Key, service string, payload []byte) {
-	if !h.links.send(to, service, payload) {
+func (h handler) Packet(to catalog.Key, service string, payload []byte, more bool) {
+	if !h.links.send(to, service, payload, more) {
 		h.packets.DroppedOut(packet.ReasonNoRoute)
 	}
 }
@@ -59,7 +59,7 @@ func (s *Sidecar) isGone(to catalog.Key) error {
 func (s *Sidecar) newLink(log *zap.Logger, key linkKey, o packet.LinkOptions) *packet.Link {
 	o.Self, o.Log, o.Metrics, o.Receiver = s.self(), log, s.packets, s.receiver
 	peer := certs.Identity{Datacenter: key.peer.Datacenter, Node: key.peer.Node, Role: certs.RoleServer} // as dialled, and verified
-	o.Deliver = func(payload []byte) error { return s.deliver(peer, key.service, payload) }
+	o.Deliver = func(packets [][]byte) (int, error) { return s.deliver(peer, key.service, packets) }
 	dial := func(ctx context.Context) (packet.Conn, error) { return s.dialPacket(ctx, key.peer, key.service) }
 	return packet.NewLink(dial, o)
 }

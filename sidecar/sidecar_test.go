@@ -350,7 +350,7 @@ func inode(t *testing.T, at netip.AddrPort) string {
 func TestOwnIdentityIsNoPeer(t *testing.T) {
 	p := newPair(t)
 	self := certs.Identity{Datacenter: "dc1", Node: "alice", Role: certs.RoleServer}
-	if err := p.alice.deliver(self, "gossip-packet", []byte("x")); err == nil {
+	if _, err := p.alice.deliver(self, "gossip-packet", [][]byte{[]byte("x")}); err == nil {
 		t.Error("a packet from ourselves was delivered")
 	}
 }
