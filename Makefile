@@ -5,7 +5,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 CACHE       := $(CURDIR)/.cache
 BIN         := $(CURDIR)/bin
-FUZZTIME    ?= 15s
+FUZZTIME    ?= 10s
 BENCHTIME   ?= 1s
 ROUNDS      ?= 5
 WATCH       ?= 5m
@@ -79,7 +79,7 @@ root-note:
 
 .PHONY: check
 check: RACE := -race
-check: build vet lint tidy test fuzz ## What CI runs: build, vet, lint, tidy, tests with the race detector, short fuzz
+check: build vet lint tidy test fuzz bench-once ## What CI runs: build, vet, lint, tidy, tests with the race detector, short fuzz, each benchmark once
 
 .PHONY: vet
 vet:
@@ -103,11 +103,17 @@ tidy:
 	@$(GO) mod verify >/dev/null
 
 .PHONY: fuzz
-fuzz: ## Each fuzz target for FUZZTIME (15s)
+fuzz: ## Each fuzz target for FUZZTIME (10s)
 	@for t in $$(grep -rhoE --include='*_test.go' '^func Fuzz[A-Za-z0-9]+' --with-filename . | sed -E 's,^\./(.*)/[^/]+:func (.*),\1:\2,'); do \
 		echo "fuzz $$t"; \
 		$(GO) test -run '^$$' -fuzz "^$${t#*:}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./$${t%%:*}; \
 	done
+
+# That they still run, not what they say.
+.PHONY: bench-once
+bench-once: e2e-tools
+	@$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 10m ./... >$(CACHE)/bench-once.txt || { cat $(CACHE)/bench-once.txt; exit 1; }
+	@echo "benchmarks: $$(grep -c '^Benchmark' $(CACHE)/bench-once.txt) run once"
 
 .PHONY: bench
 bench: ## Benchmarks of the hot paths (BENCHTIME=1s)
