@@ -242,18 +242,21 @@ func (b *Bind) publish(peers []catalog.Peer) {
 // a sender without an endpoint for the service.
 func (b *Bind) Deliver(from catalog.Key, service string, packets [][]byte) (n int, err error) {
 	e := b.routes.Load().packets[route{from, service}]
-	switch {
-	case e == nil:
+	if e == nil {
 		return 0, ErrNoEndpoint
-	case len(packets) > 1:
-		n, err = e.deliver(&b.outlets, packets)
-	default:
-		if _, err = e.udp.WriteToUDPAddrPort(packets[0], e.service.Local); err == nil {
-			n = 1
-		}
 	}
-	if err != nil {
-		return n, fmt.Errorf("write packet to the server: %w", err)
+	o := b.outlets.get()
+	defer b.outlets.put(o)
+	for n < len(packets) {
+		o.load(packets[n:], e.server, nil)
+		err := e.raw.Write(o.send)
+		n += o.sent
+		if err == nil {
+			err = o.err
+		}
+		if err != nil {
+			return n, fmt.Errorf("write packet to the server: %w", err)
+		}
 	}
 	return n, nil
 }

@@ -75,22 +75,6 @@ func (e *endpoint) openPacket(p *batches) (err error) {
 	return err
 }
 
-// deliver hands packets to the server and returns how many it took, before the
-// one that the error is about.
-func (e *endpoint) deliver(p *outlets, packets [][]byte) (n int, err error) {
-	o := p.get()
-	defer p.put(o)
-	for n < len(packets) && err == nil {
-		o.load(packets[n:], e.server, nil)
-		err = e.raw.Write(o.send)
-		n += o.sent
-		if err == nil {
-			err = o.err
-		}
-	}
-	return n, err
-}
-
 func (e *endpoint) close() {
 	if e.udp != nil {
 		_ = e.udp.Close()

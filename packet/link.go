@@ -154,7 +154,7 @@ func NewLink(dial func(ctx context.Context) (Conn, error), o LinkOptions) *Link 
 	l := &Link{
 		dial:  dial,
 		o:     o,
-		log:   o.Log.Named("packet").With(zap.Stringer("peer", o.Peer), zap.String("service", o.Service)),
+		log:   o.Log,
 		out:   o.Metrics.series(directionOut, o.Peer),
 		queue: queue{max: o.QueueFrames},
 		state: stateIdle,
@@ -353,7 +353,12 @@ func (l *Link) Status() LinkStatus {
 func (l *Link) up(s *session) {
 	l.setState(stateUp)
 	l.told = false
-	l.log.Info("link up", zap.Stringer("remote", s.c.RemoteAddr()), zap.Bool("dialled", s.dialled))
+	l.logger().Info("link up", zap.Stringer("remote", s.c.RemoteAddr()), zap.Bool("dialled", s.dialled))
+}
+
+// logger is made for each line: one for each link would cost several KiB.
+func (l *Link) logger() *zap.Logger {
+	return l.log.Named("packet").With(zap.Stringer("peer", l.o.Peer), zap.String("service", l.o.Service))
 }
 
 // failed notes how a connection or a dial ended: err nil is a clean end. The first failure in a row is worth a line,
@@ -366,12 +371,12 @@ func (l *Link) failed(state string, err error) {
 	}
 	switch {
 	case err == nil:
-		l.log.Debug("link closed")
+		l.logger().Debug("link closed")
 	case first:
 		l.told = true
-		l.log.Warn("link lost", zap.Error(err))
+		l.logger().Warn("link lost", zap.Error(err))
 	default:
-		l.log.Debug("link still down", zap.Error(err))
+		l.logger().Debug("link still down", zap.Error(err))
 	}
 }
 

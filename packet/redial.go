@@ -19,7 +19,7 @@ const (
 	// dialled once.
 	shortestQuiet = time.Second
 	higherQuiet   = 3 * time.Second
-	longestQuiet  = 30 * time.Second
+	longestQuiet  = 2 * time.Minute
 )
 
 // redials is when a link dials. Its methods are the link's, and called with its mutex held.

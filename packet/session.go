@@ -407,7 +407,7 @@ func (s *session) end(err error) {
 	}
 	switch {
 	case l.to != nil && l.to.isUp(), l.cancel != nil, l.stopped:
-		l.log.Debug("connection closed", zap.Bool("dialled", s.dialled), zap.Error(err))
+		l.logger().Debug("connection closed", zap.Bool("dialled", s.dialled), zap.Error(err))
 	case l.to != nil:
 		l.setState(stateDialing)
 	case s.isUp():

@@ -370,12 +370,12 @@ func TestWarm(t *testing.T) {
 		if first := time.Since(a.dials[0]); first < 10*time.Minute-defaultSpread {
 			t.Errorf("the first dial came after %v", 10*time.Minute-first)
 		}
-		for i := 7; i < len(a.dials); i++ {
+		for i := 9; i < len(a.dials); i++ {
 			if gap := a.dials[i].Sub(a.dials[i-1]); gap < longestQuiet/2 || gap > longestQuiet {
 				t.Errorf("pause %d is %v", i, gap)
 			}
 		}
-		if n := len(a.dials); n < 22 || n > 50 {
+		if n := len(a.dials); n < 10 || n > 25 {
 			t.Fatalf("%d dials in ten minutes", n)
 		}
 		// A packet does not wait for that.
