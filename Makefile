@@ -116,7 +116,7 @@ bench-once: e2e-tools
 	@echo "benchmarks: $$(grep -c '^Benchmark' $(CACHE)/bench-once.txt) run once"
 
 .PHONY: bench
-bench: ## Benchmarks of the hot paths (BENCHTIME=1s)
+bench: build ## Benchmarks of the hot paths (BENCHTIME=1s)
 	@$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...
 
 # Part of `make bench` too, where each has a single round.
@@ -148,6 +148,10 @@ soak: ## The test of a primary that is away, for five minutes (root)
 .PHONY: wanfed
 wanfed: build race-note ## Consul's own transport and RPC, as a library, against bin/culvert (fetches Consul's module; minutes when nothing is cached)
 	@$(GO) -C test/wanfed test $(RACE) -count=1 -timeout 10m $(RUNFLAGS) ./...
+
+.PHONY: bench-wanfed
+bench-wanfed: build ## Packets through two sidecars beside Consul's own transport: cost, round trips, silence (four minutes, and Consul's module)
+	@$(GO) -C test/wanfed test -run '^$$' -bench . -benchtime 1x -timeout 15m $(RUNFLAGS) .
 
 .PHONY: clean
 clean: ## Remove what was built

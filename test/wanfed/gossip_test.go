@@ -180,7 +180,7 @@ var streamSizes = []int{1, 2, 16383, 16384, 16385, 100_000, 1_000_000}
 func TestGossip(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		pki  func(t *testing.T) pki
+		pki  func(t testing.TB) pki
 		// The certificates of native servers.
 		cert func(p pki, dc, node string) cert
 		key  []byte // of the gossip's own encryption

@@ -18,13 +18,13 @@ const domain = "consul"
 
 // A pki is one CA in a folder, made by Culvert's commands or by Consul's library.
 type pki struct {
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	ca, key string // files
 }
 
 // culvertPKI makes a CA with `culvert tls ca create`.
-func culvertPKI(t *testing.T) pki {
+func culvertPKI(t testing.TB) pki {
 	t.Helper()
 	dir := t.TempDir()
 	if out, err := run(t, dir, "tls", "ca", "create", "--domain", domain); err != nil {
@@ -36,7 +36,7 @@ func culvertPKI(t *testing.T) pki {
 
 // consulPKI makes a CA as `consul tls ca create` does, by tlsutil.GenerateCA
 // (tlsutil/generate.go).
-func consulPKI(t *testing.T) pki {
+func consulPKI(t testing.TB) pki {
 	t.Helper()
 	p := pki{t: t, dir: t.TempDir()}
 	p.ca, p.key = certFiles(p.dir, domain+"-agent-ca")
@@ -133,7 +133,7 @@ func (p pki) signer() crypto.Signer {
 
 // configurator is a server's, by tlsutil.NewConfigurator (tlsutil/config.go), with
 // the settings that Consul's handbook wants for federation through gateways.
-func configurator(t *testing.T, c cert) *tlsutil.Configurator {
+func configurator(t testing.TB, c cert) *tlsutil.Configurator {
 	t.Helper()
 	cfg, err := tlsutil.NewConfigurator(tlsutil.Config{
 		ServerMode: true,

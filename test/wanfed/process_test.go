@@ -22,7 +22,7 @@ import (
 const stopTimeout = 15 * time.Second
 
 // culvert is the program under test.
-func culvert(t *testing.T) string {
+func culvert(t testing.TB) string {
 	t.Helper()
 	path, err := filepath.Abs("../../bin/culvert")
 	if err == nil {
@@ -50,7 +50,7 @@ var starter = sync.OnceValue(func() chan func() {
 
 // A daemon is a running sidecar or gateway.
 type daemon struct {
-	t     *testing.T
+	t     testing.TB
 	name  string
 	admin string
 	cmd   *exec.Cmd
@@ -62,7 +62,7 @@ type daemon struct {
 
 // start runs `culvert sidecar` or `culvert gateway` until the test ends, and waits
 // until it is ready.
-func start(t *testing.T, name, admin, kind, config string) *daemon {
+func start(t testing.TB, name, admin, kind, config string) *daemon {
 	t.Helper()
 	dir := t.TempDir()
 	file := filepath.Join(dir, name+".hcl")
@@ -218,7 +218,7 @@ func (d *daemon) peer(node string) peer {
 }
 
 // run runs a command of culvert's in a folder, and returns what it printed.
-func run(t *testing.T, dir string, args ...string) (string, error) {
+func run(t testing.TB, dir string, args ...string) (string, error) {
 	t.Helper()
 	cmd := exec.Command(culvert(t), args...)
 	cmd.Dir = dir

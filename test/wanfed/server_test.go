@@ -37,7 +37,7 @@ const handshakeTimeout = 5 * time.Second
 // exports none of it. With a configurator it takes TLS, without one it is a server
 // that knows only of type bytes.
 type server struct {
-	t    *testing.T
+	t    testing.TB
 	dc   string
 	tls  *tlsutil.Configurator             // nil: no TLS
 	wan  wanfed.IngestionAwareTransport    // nil: no native gossip
@@ -58,7 +58,7 @@ type server struct {
 
 // newServer listens, and serves until the test ends. change may set what is to be
 // different before that.
-func newServer(t *testing.T, dc, at string, cfg *tlsutil.Configurator, change func(s *server)) *server {
+func newServer(t testing.TB, dc, at string, cfg *tlsutil.Configurator, change func(s *server)) *server {
 	t.Helper()
 	ln, err := net.Listen("tcp4", at)
 	if err != nil {

@@ -27,7 +27,7 @@ const (
 //	127.x.<dc>.9    the gateway
 //	127.x.<dc>.11   the server, and alice's sidecar
 type world struct {
-	t       *testing.T
+	t       testing.TB
 	n       int // x
 	pki     pki
 	sidecar *daemon
@@ -36,7 +36,7 @@ type world struct {
 }
 
 // newWorld finds a part of loopback that nobody uses.
-func newWorld(t *testing.T, p pki) *world {
+func newWorld(t testing.TB, p pki) *world {
 	t.Helper()
 	for n := 200; n < 250; n++ {
 		ln, err := net.Listen("tcp4", fmt.Sprintf("127.%d.0.1:%d", n, tlsPort))
@@ -138,7 +138,7 @@ func certFiles(dir, name string) (certFile, keyFile string) {
 }
 
 // eventually calls f until it returns nil.
-func eventually(t *testing.T, f func() error) {
+func eventually(t testing.TB, f func() error) {
 	t.Helper()
 	began := time.Now()
 	tick := time.NewTicker(20 * time.Millisecond)
