@@ -418,6 +418,30 @@ func TestDiallerWithoutWords(t *testing.T) {
 	})
 }
 
+// A word of a later version is no end.
+func TestUnknownWords(t *testing.T) {
+	handle, next := accepted()
+	near, far := pair(t, Options{}, handle)
+	a := open(t, near, "rpc")
+	b := <-next
+	_ = b.Answer(OK)
+	if err := near.words.say(7, a.id); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Write([]byte("on")); err != nil {
+		t.Fatal(err)
+	}
+	_ = a.CloseWrite()
+	if got, err := io.ReadAll(b); err != nil || string(got) != "on" {
+		t.Errorf("read %q, %v", got, err)
+	}
+	if err := far.hear(7, 1001); err != nil || len(far.early) > 0 {
+		t.Errorf("a word about no stream: %v, %d kept", err, len(far.early))
+	}
+	_ = b.CloseWrite()
+	_, _ = a.Close(), b.Close()
+}
+
 // Words about streams that there are not take no memory without end.
 func TestWordsAboutNothing(t *testing.T) {
 	a, b := testtcp.Pair(t)

@@ -71,8 +71,12 @@ func (s *Session) listen(y *yamux.Stream) {
 	}
 }
 
-// hear passes a word on to its stream, or keeps it for one that is yet to come.
+// hear passes a word on to its stream, or keeps it for one that is yet to come. Words
+// that this version does not know say nothing to it.
 func (s *Session) hear(w word, id uint32) error {
+	if w != wordEnd && w != wordReset {
+		return nil
+	}
 	s.mu.Lock()
 	st := s.streams[id]
 	if st == nil && id > s.newest { // a smaller number is one of a stream that is over
