@@ -311,14 +311,18 @@ func (l *Link) adopt(c Conn) *session {
 func (l *Link) beat(now int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, s := range l.sessions {
-		s.beat(now)
+	for i := len(l.sessions) - 1; i >= 0; i-- { // from behind, as one that ends leaves the list
+		l.sessions[i].beat(now)
 	}
 	l.flush()
-	for _, s := range slices.Clone(l.sessions) { // kept alive, though nothing else goes out on it
-		if s.blank && !s.writing && s.fill() {
-			s.put()
+	for { // kept alive are those too on which nothing else goes out
+		i := slices.IndexFunc(l.sessions, func(s *session) bool { return s.blank && !s.writing })
+		if i < 0 {
+			return
 		}
+		s := l.sessions[i]
+		s.flight = s.flight[:0]
+		s.put()
 	}
 }
 

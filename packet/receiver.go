@@ -253,10 +253,8 @@ type inbound struct {
 }
 
 func (in *inbound) serve() error {
-	if in.Coalesce() {
-		if _, err := in.Write(AppendFrame(nil, nil)); err != nil {
-			return fmt.Errorf("answer: %w", err)
-		}
+	if err := in.answer(); err != nil {
+		return fmt.Errorf("answer: %w", err)
 	}
 	frames := newReader(in, in.feed.r.buffers)
 	for first := true; ; first = false {
@@ -272,6 +270,17 @@ func (in *inbound) serve() error {
 			in.adopt()
 		}
 	}
+}
+
+// answer tells the peer that it is accepted, unless it has been told already that nothing is taken.
+func (in *inbound) answer() error {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if !in.Coalesce() || in.draining {
+		return nil
+	}
+	_, err := in.Write(AppendFrame(nil, nil)) // which does not wait
+	return err
 }
 
 // adopt takes the peer's offer.

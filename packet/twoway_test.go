@@ -256,7 +256,8 @@ func TestTieBreak(t *testing.T) {
 					t.Errorf("%s: %+v", n.o.Self.Node, st)
 				}
 			}
-			if x, y := a.live(), b.live(); x+y != 1 || len(a.dialled()) > 0 && x == 0 && delays == [2]time.Duration{} {
+			offered := slices.ContainsFunc(a.dialled(), func(c *testConn) bool { return len(c.recorded()) > 0 })
+			if x, y := a.live(), b.live(); x+y != 1 || offered && x == 0 {
 				t.Errorf("%d connections that alice dialled stay, and %d of bob's", x, y)
 			}
 		})
@@ -356,6 +357,42 @@ func TestKeepalive(t *testing.T) {
 		b.wantState(t, stateUp)
 		if n := len(a.dialled()); n != 2 {
 			t.Fatalf("%d connections", n)
+		}
+	})
+}
+
+// Of several connections that there are for a moment each lives and dies by itself.
+func TestKeepaliveOfSeveral(t *testing.T) {
+	inBubble(t, "the first one is dead", func(t *testing.T) {
+		a, b := duo(t)
+		a.start(t)
+		b.start(t)
+		after(time.Minute)
+		b.Link.mu.Lock()
+		s := b.sessions[0]
+		b.leave(s) // for bob that connection is over, and he dials another
+		b.ending = 0
+		s.ending = false
+		b.Link.mu.Unlock()
+		a.dialled()[0].in.update(func() { a.dialled()[0].in.blocked = true }) // of which alice hears nothing
+		b.Send([]byte("1"), false)
+		synctest.Wait()
+		a.Link.mu.Lock()
+		n := len(a.sessions)
+		a.Link.mu.Unlock()
+		if n != 2 {
+			t.Fatalf("alice has %d connections, want both", n)
+		}
+		after(deadAfter + 20*time.Second)
+		a.Link.mu.Lock()
+		n = len(a.sessions)
+		a.Link.mu.Unlock()
+		if n != 1 {
+			t.Fatalf("alice has %d connections, want the one that lives", n)
+		}
+		a.Send([]byte("2"), false)
+		if got := b.received(); len(got) == 0 || got[len(got)-1] != "2" {
+			t.Fatalf("bob got %q", got)
 		}
 	})
 }
