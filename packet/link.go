@@ -311,8 +311,8 @@ func (l *Link) adopt(c Conn) *session {
 func (l *Link) beat(now int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for i := len(l.sessions) - 1; i >= 0; i-- { // from behind, as one that ends leaves the list
-		l.sessions[i].beat(now)
+	for _, s := range slices.Backward(l.sessions) { // from behind, as one that ends leaves the list
+		s.beat(now)
 	}
 	l.flush()
 	for { // kept alive are those too on which nothing else goes out

@@ -2,7 +2,6 @@ package sidecar
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -22,17 +21,25 @@ import (
 // counts the connections of the service rpc.
 type testGateway struct {
 	*net.TCPListener
-	rpc atomic.Int64
+	rpc   atomic.Int64
+	serve func(c *sniff.Conn)
+	ready chan struct{} // closed when serve is known
 }
 
-func newTestGateway(t *testing.T, at netip.Addr, serve func(c *sniff.Conn)) *testGateway {
+// use tells what becomes of connections, those that wait for it included.
+func (g *testGateway) use(serve func(c *sniff.Conn)) {
+	g.serve = serve
+	close(g.ready)
+}
+
+func newTestGateway(t *testing.T, at netip.Addr) *testGateway {
 	t.Helper()
 	ln, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(netip.AddrPortFrom(at, 8443)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = ln.Close() })
-	g := &testGateway{TCPListener: ln}
+	g := &testGateway{TCPListener: ln, ready: make(chan struct{})}
 	go func() {
 		for {
 			raw, err := ln.Accept()
@@ -49,7 +56,12 @@ func newTestGateway(t *testing.T, at netip.Addr, serve func(c *sniff.Conn)) *tes
 				if slices.Contains(hello.Protocols, "culvert/stream/1/rpc") {
 					g.rpc.Add(1)
 				}
-				serve(c)
+				select {
+				case <-g.ready:
+					g.serve(c)
+				case <-t.Context().Done():
+					_ = raw.Close()
+				}
 			}()
 		}
 	}()
@@ -72,8 +84,9 @@ func leadTo(address string) func(c *sniff.Conn) {
 
 func withoutRoute(c *sniff.Conn) { alert.Refuse(c, alert.UnrecognizedName) }
 
-// behindGateways is alice, who reaches bob through two gateways.
-func behindGateways(t *testing.T) (c *consul, addrs [2]netip.Addr) {
+// behindGateways is alice, who reaches bob through two gateways. They are there
+// before she is: what she dials at her start finds them.
+func behindGateways(t *testing.T) (c *consul, gateways [2]*testGateway, addrs [2]netip.Addr) {
 	t.Helper()
 	c = newConsul(t, func(cfg *config.Sidecar) {
 		for i := range addrs {
@@ -81,28 +94,15 @@ func behindGateways(t *testing.T) (c *consul, addrs [2]netip.Addr) {
 			for range i + 1 {
 				addrs[i] = addrs[i].Next()
 			}
+			gateways[i] = newTestGateway(t, addrs[i])
 			cfg.Gateways = append(cfg.Gateways, netip.AddrPortFrom(addrs[i], 8443).String())
 		}
 		cfg.Datacenters[0].Mode = string(catalog.ModeLocal)
 	})
-	return c, addrs
+	return c, gateways, addrs
 }
 
 // avoided are the gateways that are avoided for bob.
-// healthy waits until both gateways are known to be there: a dial may have come
-// before they were.
-func (c *consul) healthy(t *testing.T) {
-	t.Helper()
-	eventually(t, func() error {
-		for _, g := range c.alice.Status().Gateways {
-			if !g.Healthy {
-				return fmt.Errorf("gateway %s: %s", g.Address, g.LastError)
-			}
-		}
-		return nil
-	})
-}
-
 func (c *consul) avoided(t *testing.T) (gateways []string) {
 	t.Helper()
 	e, err := c.alice.locator.Explain(catalog.Key{Datacenter: "dc2", Node: "bob"})
@@ -120,11 +120,12 @@ func (c *consul) avoided(t *testing.T) (gateways []string) {
 // A peer that refuses a protocol does so whichever way it is asked: it is asked
 // once, and no gateway is avoided for it.
 func TestARefusalIsNoFaultOfTheGateway(t *testing.T) {
-	c, addrs := behindGateways(t)
+	c, gateways, _ := behindGateways(t)
 	got := c.native(t)
 	bob := c.addr(2, 200).String() + ":8443"
-	gw1, gw2 := newTestGateway(t, addrs[0], leadTo(bob)), newTestGateway(t, addrs[1], leadTo(bob))
-	c.healthy(t)
+	gw1, gw2 := gateways[0], gateways[1]
+	gw1.use(leadTo(bob))
+	gw2.use(leadTo(bob))
 	if _, err := c.call(t, "\x03hello"); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("TLS inside: %v, want a reset", err)
 	}
@@ -144,11 +145,11 @@ func TestARefusalIsNoFaultOfTheGateway(t *testing.T) {
 
 // A gateway that has no route says so, and the other one is asked.
 func TestAGatewayWithoutARouteIsPassedOver(t *testing.T) {
-	c, addrs := behindGateways(t)
+	c, gateways, addrs := behindGateways(t)
 	got := c.native(t)
-	none := newTestGateway(t, addrs[0], withoutRoute)
-	newTestGateway(t, addrs[1], leadTo(c.addr(2, 200).String()+":8443"))
-	c.healthy(t)
+	none := gateways[0]
+	none.use(withoutRoute)
+	gateways[1].use(leadTo(c.addr(2, 200).String() + ":8443"))
 	for none.rpc.Load() == 0 {
 		if answer, err := c.call(t, "\x04question"); err != nil || answer != "answer" {
 			t.Fatalf("answered %q, %v", answer, err)
