@@ -7,12 +7,14 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
 
 	"culvert/internal/pause"
 	"culvert/internal/pipe"
+	"culvert/internal/sockopt"
 )
 
 // The time budgets of captured connections.
@@ -80,13 +82,16 @@ func addrOf(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// dialServer connects to the local server, from source if it is valid.
+// dialServer connects to the local server, from source if it is valid. The
+// connection has the options of a stream.
 func dialServer(ctx context.Context, services []Service, service string, source netip.Addr) (*net.TCPConn, error) {
 	for _, s := range services {
 		if s.Name != service || s.Packet {
 			continue
 		}
-		d := net.Dialer{Timeout: serverDialTimeout, Control: freebind}
+		d := net.Dialer{Timeout: serverDialTimeout, KeepAlive: -1, Control: func(network, address string, c syscall.RawConn) error {
+			return errors.Join(freebind(network, address, c), sockopt.StreamControl(network, address, c))
+		}}
 		if source.IsValid() {
 			d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
 		}

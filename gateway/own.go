@@ -75,8 +75,8 @@ func (o *own) hostHas(ip netip.Addr) bool {
 	return o.addrs[ip]
 }
 
-// check refuses an address of the configuration that leads back here. A name is
-// left to control: what it means may change.
+// check refuses an address that leads back here. Of the configuration's, names are
+// left to those who dial: what they mean may change.
 func (o *own) check(address string) error {
 	a, err := netip.ParseAddrPort(address)
 	if err != nil || !o.holds(a) {
@@ -91,5 +91,5 @@ func (o *own) control(network, address string, c syscall.RawConn) error {
 	if err := o.check(address); err != nil {
 		return err
 	}
-	return sockopt.Control(network, address, c)
+	return sockopt.StreamControl(network, address, c)
 }

@@ -32,7 +32,7 @@ type PoolOptions struct {
 	// closes when it ends.
 	Resolver Resolver
 	// Control is set on each socket before it connects, as [net.Dialer]'s. Nil
-	// sets nothing.
+	// sets nothing. Keepalive is its business too, or that of whoever dials.
 	Control func(network, address string, c syscall.RawConn) error
 	// Dial replaces the connecting itself, for tests. Nil means [net.Dialer].
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -125,7 +125,7 @@ func NewPool(o PoolOptions) *Pool {
 		o.Resolver = p.own
 	}
 	if o.Dial == nil {
-		d := &net.Dialer{Control: o.Control}
+		d := &net.Dialer{Control: o.Control, KeepAlive: -1}
 		o.Dial = d.DialContext
 	}
 	if o.Log == nil {

@@ -56,13 +56,13 @@ func (s *Sidecar) newCapture(cfg *config.Sidecar, peers []catalog.Peer, log *zap
 // redirect they are marked, since one may lead to an address that is captured.
 func control(cfg *config.Sidecar) func(network, address string, c syscall.RawConn) error {
 	if cfg.Capture != config.CaptureRedirect {
-		return sockopt.Control
+		return sockopt.StreamControl
 	}
 	return func(network, address string, c syscall.RawConn) error {
 		if err := capture.MarkOwn(c); err != nil {
 			return err
 		}
-		return sockopt.Control(network, address, c)
+		return sockopt.StreamControl(network, address, c)
 	}
 }
 

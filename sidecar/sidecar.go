@@ -36,6 +36,7 @@ import (
 	"culvert/certs"
 	"culvert/config"
 	"culvert/internal/sample"
+	"culvert/internal/sockopt"
 	"culvert/locator"
 	"culvert/mux"
 	"culvert/packet"
@@ -169,7 +170,8 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("build the TLS server: %w", err)
 	}
-	ln, err := net.Listen("tcp", cfg.Listen.Address)
+	lc := net.ListenConfig{Control: sockopt.StreamControl, KeepAlive: -1}
+	ln, err := lc.Listen(context.Background(), "tcp", cfg.Listen.Address)
 	if err != nil {
 		return nil, listenError{err}
 	}

@@ -113,7 +113,7 @@ func (r *relays) Forget(peer catalog.Key) {
 // join relays until both sides have ended, or ctx has. It owns both.
 func (r *relays) join(ctx context.Context, peer catalog.Key, service string, server, far net.Conn) {
 	stats, series := r.stats(peer), r.m.series(r.dir, service)
-	if tcp, ok := server.(*net.TCPConn); ok { // TLS has seen to it
+	if tcp, ok := server.(*net.TCPConn); ok && r.dir == out { // who was dialled has its options
 		if err := sockopt.Stream(tcp); err != nil {
 			r.log.Debug("tune connection", zap.Stringer("peer", peer), zap.Error(err)) // it is closed already, most likely
 		}

@@ -1,7 +1,7 @@
 // Package sockopt sets the TCP options that decide how soon a connection
 // notices that its path is dead, and how soon it uses a path that has come back.
 //
-//	d := net.Dialer{Control: sockopt.Control}
+//	d := net.Dialer{Control: sockopt.StreamControl, KeepAlive: -1}
 //	c, err := d.DialContext(ctx, "tcp", address)
 //	...
 //	err = sockopt.Packet(c.(*net.TCPConn))
@@ -88,20 +88,33 @@ func packetKeepAlive(capped bool) net.KeepAliveConfig {
 	return k
 }
 
+// StreamSocket is [Stream] for a TCP socket that is not connected, or is. It caps the
+// retransmission timeout before a connection is made, so that SYNs too are sent at
+// least once a second.
+func StreamSocket(fd int) error { return streamSetup(fd) }
+
+// PacketSocket is [Packet] for a TCP socket. TCP_NODELAY is not touched.
+func PacketSocket(fd int) error { return packetSetup(fd) }
+
+// StreamControl is [StreamSocket] for [net.Dialer] and [net.ListenConfig]. What a
+// listener accepts has the options of the listener, and needs no call for each
+// connection. Their own keepalive must be off (KeepAlive: -1), or it would be set
+// anew.
+func StreamControl(_, _ string, c syscall.RawConn) error {
+	return control(c, streamSetup)
+}
+
 // Stream prepares c for a stream, which may be silent for hours and must live
 // through that: dead peers are found by keepalive after about a minute.
 func Stream(c *net.TCPConn) error {
 	if err := apply(c, streamOptions); err != nil {
 		return err
 	}
-	return keepAlive(c, net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3})
+	return keepAlive(c, streamKeepAlive)
 }
 
-// Control is for [net.Dialer]: it caps the retransmission timeout before the
-// connection is made, so that SYNs too are sent at least once a second.
-func Control(_, _ string, c syscall.RawConn) error {
-	return control(c, dialOptions)
-}
+//nolint:gochecknoglobals // a constant
+var streamKeepAlive = net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3}
 
 func keepAlive(c *net.TCPConn, k net.KeepAliveConfig) error {
 	if err := c.SetKeepAliveConfig(k); err != nil {

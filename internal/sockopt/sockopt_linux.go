@@ -3,6 +3,7 @@ package sockopt
 import (
 	"errors"
 	"fmt"
+	"net"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,9 +26,40 @@ func streamOptions(fd int) error {
 	return setUserTimeout(fd, StreamTimeout)
 }
 
-func dialOptions(fd int) error {
-	_, err := capRTO(fd)
-	return err
+// streamSetup is all that a stream has, in as few calls as it takes.
+func streamSetup(fd int) error {
+	if err := streamOptions(fd); err != nil {
+		return err
+	}
+	return keepAliveOptions(fd, streamKeepAlive)
+}
+
+func packetSetup(fd int) error {
+	capped, err := capRTO(fd)
+	if err == nil {
+		err = packetOptions(fd, packetTimeout(capped))
+	}
+	if err != nil {
+		return err
+	}
+	return keepAliveOptions(fd, packetKeepAlive(capped))
+}
+
+// keepAliveOptions sets no count of probes: the user timeout decides.
+func keepAliveOptions(fd int, k net.KeepAliveConfig) error {
+	for _, o := range [...]struct {
+		name              string
+		level, opt, value int
+	}{
+		{"SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{"TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(k.Idle.Seconds())},
+		{"TCP_KEEPINTVL", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(k.Interval.Seconds())},
+	} {
+		if err := unix.SetsockoptInt(fd, o.level, o.opt, o.value); err != nil {
+			return fmt.Errorf("set %s: %w", o.name, err)
+		}
+	}
+	return nil
 }
 
 // capRTO reports whether the kernel has the option: before 6.15 it answers

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func dial(t *testing.T, d net.Dialer) *net.TCPConn {
+func dial(t *testing.T) *net.TCPConn {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -18,6 +18,7 @@ func dial(t *testing.T, d net.Dialer) *net.TCPConn {
 	defer ln.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
+	var d net.Dialer
 	c, err := d.DialContext(ctx, "tcp", ln.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -52,19 +53,29 @@ func want(t *testing.T, c *net.TCPConn, name string, level, opt, want int) {
 // capped says whether this kernel has TCP_RTO_MAX_MS at all.
 func capped(t *testing.T) bool {
 	t.Helper()
-	_, err := option(t, dial(t, net.Dialer{}), unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS)
+	_, err := option(t, dial(t), unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS)
 	return err == nil
 }
 
 func TestPacket(t *testing.T) {
-	c := dial(t, net.Dialer{})
+	c := dial(t)
 	if err := Packet(c); err != nil {
 		t.Fatal(err)
 	}
 	want(t, c, "TCP_NODELAY", unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	want(t, c, "TCP_KEEPCNT", unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 5)
+	wantPacket(t, c)
+	other := dial(t)
+	if err := apply(other, PacketSocket); err != nil {
+		t.Fatal(err)
+	}
+	wantPacket(t, other)
+}
+
+func wantPacket(t *testing.T, c *net.TCPConn) {
+	t.Helper()
 	want(t, c, "SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 	want(t, c, "TCP_KEEPINTVL", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 1)
-	want(t, c, "TCP_KEEPCNT", unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 5)
 	want(t, c, "TCP_NOTSENT_LOWAT", unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 16<<10)
 	if capped(t) {
 		want(t, c, "TCP_RTO_MAX_MS", unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, 1000)
@@ -84,7 +95,7 @@ func TestPacketOutlivesALostProbe(t *testing.T) {
 		"uncapped": func(int) (bool, error) { return false, nil },
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := dial(t, net.Dialer{})
+			c := dial(t)
 			if err := packet(c, limit); err != nil {
 				t.Fatal(err)
 			}
@@ -107,7 +118,7 @@ func TestPacketOutlivesALostProbe(t *testing.T) {
 }
 
 func TestStream(t *testing.T) {
-	c := dial(t, net.Dialer{})
+	c := dial(t)
 	if err := Stream(c); err != nil {
 		t.Fatal(err)
 	}
@@ -121,10 +132,35 @@ func TestStream(t *testing.T) {
 	}
 }
 
-func TestControl(t *testing.T) {
-	c := dial(t, net.Dialer{Control: Control}) // which works without the option too
-	if capped(t) {
-		want(t, c, "TCP_RTO_MAX_MS", unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, 1000)
+// What is dialled and what is accepted have the options of a stream from the start.
+func TestStreamControl(t *testing.T) {
+	lc := net.ListenConfig{Control: StreamControl, KeepAlive: -1}
+	ln, err := lc.Listen(t.Context(), "tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	d := net.Dialer{Control: StreamControl, KeepAlive: -1}
+	dialled, err := d.DialContext(t.Context(), "tcp4", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dialled.Close()
+	accepted, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	for _, c := range []net.Conn{dialled, accepted} {
+		c := c.(*net.TCPConn)
+		want(t, c, "TCP_NODELAY", unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+		want(t, c, "SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+		want(t, c, "TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 30)
+		want(t, c, "TCP_KEEPINTVL", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 10)
+		want(t, c, "TCP_USER_TIMEOUT", unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 60_000)
+		if capped(t) {
+			want(t, c, "TCP_RTO_MAX_MS", unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, 1000)
+		}
 	}
 }
 
@@ -145,7 +181,7 @@ func TestPacketTimeoutWithoutCap(t *testing.T) {
 }
 
 func TestClosed(t *testing.T) {
-	c := dial(t, net.Dialer{})
+	c := dial(t)
 	c.Close()
 	if err := Packet(c); err == nil {
 		t.Error("Packet on a closed connection gave no error")
