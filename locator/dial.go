@@ -174,7 +174,7 @@ func (p *Pool) connect(ctx context.Context, e *endpoint, to netip.AddrPort, time
 	if err := p.forbidden(e, to); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := pause.Within(ctx, timeout)
 	defer cancel()
 	return p.o.Dial(ctx, "tcp", to.String())
 }
