@@ -4,12 +4,23 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync"
 	"sync/atomic"
 )
 
 // firstRead is how much is read at once to begin with, in bytes: a whole hello
 // with a post-quantum key share, as a rule.
 const firstRead = 2 << 10
+
+//nolint:gochecknoglobals // buffers are of use to every connection of the process
+var firstBuffers = sync.Pool{New: func() any { return new([firstRead]byte) }}
+
+// Recycle takes back what [Conn.Detach] returned, once nobody reads it any more.
+func Recycle(peeked []byte) {
+	if cap(peeked) == firstRead {
+		firstBuffers.Put((*[firstRead]byte)(peeked[:firstRead]))
+	}
+}
 
 // freeHello is how large a buffer may grow without asking the budget, in bytes:
 // hellos that real clients send, but for very long lists, are smaller.
@@ -124,9 +135,13 @@ func (c *Conn) peekMore() error {
 		if !c.charge(size) {
 			return ErrBusy
 		}
-		grown := make([]byte, len(c.buf), size)
-		copy(grown, c.buf)
-		c.buf = grown
+		if c.buf == nil {
+			c.buf = firstBuffers.Get().(*[firstRead]byte)[:0] //nolint:errcheck,forcetypeassert // the pool holds nothing else
+		} else {
+			grown := make([]byte, len(c.buf), size)
+			copy(grown, c.buf)
+			c.buf = grown
+		}
 	}
 	n, err := c.Conn.Read(c.buf[len(c.buf):cap(c.buf)])
 	c.buf = c.buf[:len(c.buf)+n]
@@ -151,6 +166,11 @@ func (c *Conn) charge(size int) bool {
 	}
 	c.charged += more
 	return true
+}
+
+// HasHello reports whether Hello would return without reading.
+func (c *Conn) HasHello() bool {
+	return c.hello != nil || !c.begun && (c.reader.advance(c.buf) != nil || c.reader.complete())
 }
 
 // Buffered returns what was looked at and not read yet. It is valid until the

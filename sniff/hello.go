@@ -229,7 +229,7 @@ func parseMessage(b []byte) (Hello, error) {
 }
 
 func (h *Hello) readExtensions(s cursor) error {
-	seen := make(map[uint16]bool, 16)
+	var seen kinds
 	for len(s) > 0 {
 		var id [2]byte
 		if !s.read(id[:]) {
@@ -237,10 +237,9 @@ func (h *Hello) readExtensions(s cursor) error {
 		}
 		data, ok := s.vector16()
 		kind := binary.BigEndian.Uint16(id[:])
-		if !ok || seen[kind] {
+		if !ok || !seen.add(kind) {
 			return fmt.Errorf("%w: extension %d cut short or sent twice", ErrMalformed, kind)
 		}
-		seen[kind] = true
 		switch kind {
 		case extServerName:
 			ok = h.readServerName(data)
@@ -252,6 +251,30 @@ func (h *Hello) readExtensions(s cursor) error {
 		}
 	}
 	return nil
+}
+
+// kinds is a set of extensions. Real hellos have some fifteen.
+type kinds struct {
+	few  [24]uint16
+	n    int
+	many map[uint16]bool // of those after the few
+}
+
+// add reports whether the kind was not there.
+func (k *kinds) add(kind uint16) bool {
+	if slices.Contains(k.few[:k.n], kind) || k.many[kind] {
+		return false
+	}
+	if k.n < len(k.few) {
+		k.few[k.n] = kind
+		k.n++
+		return true
+	}
+	if k.many == nil {
+		k.many = make(map[uint16]bool)
+	}
+	k.many[kind] = true
+	return true
 }
 
 // readServerName takes the one host_name of RFC 6066 section 3.

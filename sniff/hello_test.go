@@ -185,6 +185,14 @@ func TestLargestHello(t *testing.T) {
 	}
 }
 
+// numbered is empty extensions of so many types.
+func numbered(from, to byte) (all []byte) {
+	for kind := from; kind < to; kind++ {
+		all = append(all, extension(kind)...)
+	}
+	return all
+}
+
 func TestExtensions(t *testing.T) {
 	name := extension(extServerName, list(hostName("bob.consul")...)...)
 	protocol := extension(extALPN, list(2, 'h', '2')...)
@@ -198,6 +206,9 @@ func TestExtensions(t *testing.T) {
 		"a name of another type":   {extension(extServerName, list(append([]byte{7, 0, 1, 0}, hostName("bob")...)...)...), &Hello{ServerName: "bob"}},
 		"a name twice":             {slices.Concat(name, name), nil},
 		"an unknown one twice":     {slices.Concat(extension(99), extension(99)), nil},
+		"40 and the last twice":    {slices.Concat(numbered(100, 140), extension(139)), nil},
+		"40 and the first twice":   {slices.Concat(numbered(100, 140), extension(100)), nil},
+		"40":                       {numbered(100, 140), &Hello{}},
 		"two names":                {extension(extServerName, list(slices.Concat(hostName("bob"), hostName("eve"))...)...), nil},
 		"no name":                  {extension(extServerName, list()...), nil},
 		"an empty name":            {extension(extServerName, list(hostName("")...)...), nil},
