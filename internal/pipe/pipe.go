@@ -31,6 +31,9 @@ type Counter interface{ Add(n float64) }
 // Options configure a [Join].
 type Options struct {
 	AtoB, BtoA Counter // payload bytes as they are handed on; nil counts nowhere
+	// First is what goes to b before all that a reads. It may be used for other
+	// things as soon as a call that takes it has returned.
+	First []byte
 }
 
 // A Result is how a [Join] ended.
@@ -70,7 +73,7 @@ func Abort(c net.Conn) {
 // a method AwaitReset() bool, which waits for that until its read deadline passes.
 func Join(a, b net.Conn, o Options) Result {
 	j := &joined{a: a, b: b}
-	there := &direction{dst: b, src: a, count: counter{o.AtoB}, moved: make(chan struct{})}
+	there := &direction{dst: b, src: a, count: counter{o.AtoB}, first: o.First, moved: make(chan struct{})}
 	back := &direction{dst: a, src: b, count: counter{o.BtoA}, moved: make(chan struct{})}
 	done := make(chan struct{})
 	go func() {
@@ -88,6 +91,7 @@ func Join(a, b net.Conn, o Options) Result {
 type direction struct {
 	dst, src net.Conn
 	count    counter
+	first    []byte        // goes before what src reads
 	n        int64         // bytes handed on, of use when moved is closed
 	moved    chan struct{} // closed when no more will be handed on
 	ending   atomic.Bool   // dst is being told the end
@@ -106,7 +110,17 @@ type joined struct {
 // run moves bytes until d.src ends, and passes the end on.
 func (j *joined) run(d, other *direction) {
 	var read, write error
-	d.n, read, write = move(d.dst, d.src, d.count)
+	if len(d.first) > 0 {
+		var n int
+		n, write = d.dst.Write(d.first)
+		d.n = int64(n)
+		d.count.add(n)
+	}
+	if write == nil {
+		var n int64
+		n, read, write = move(d.dst, d.src, d.count)
+		d.n += n
+	}
 	if read == nil && write == nil && !other.ending.Load() && isDead(d.src) {
 		// It was reset, and a write of the other direction has used the error
 		// up: the kernel gives it to one call alone, and to the next an end.
@@ -296,26 +310,34 @@ func move(dst, src net.Conn, count counter) (n int64, read, write error) {
 	return copyBuffer(dst, src, count)
 }
 
+// copyBuffer holds a buffer while it waits only where src cannot wait without one:
+// it would do so by a method AwaitRead.
 func copyBuffer(dst io.Writer, src io.Reader, count counter) (n int64, read, write error) {
-	buf := buffers.Get().(*[bufferSize]byte) //nolint:errcheck,forcetypeassert // the pool holds nothing else
-	defer buffers.Put(buf)
+	waits, _ := src.(interface{ AwaitRead() })
 	for {
-		k, err := src.Read(buf[:])
-		if k > 0 {
-			m, err := dst.Write(buf[:k])
-			n += int64(m)
-			count.add(m)
-			if err != nil {
-				return n, nil, err
-			}
+		if waits != nil {
+			waits.AwaitRead()
 		}
-		if errors.Is(err, io.EOF) {
-			return n, nil, nil
+		k, read, write := copyOnce(dst, src)
+		n += int64(k)
+		count.add(k)
+		if write != nil || errors.Is(read, io.EOF) {
+			return n, nil, write
 		}
-		if err != nil {
-			return n, err, nil
+		if read != nil {
+			return n, read, nil
 		}
 	}
+}
+
+func copyOnce(dst io.Writer, src io.Reader) (n int, read, write error) {
+	buf := buffers.Get().(*[bufferSize]byte) //nolint:errcheck,forcetypeassert // the pool holds nothing else
+	defer buffers.Put(buf)
+	n, read = src.Read(buf[:])
+	if n > 0 {
+		n, write = dst.Write(buf[:n])
+	}
+	return n, read, write
 }
 
 // counter is a Counter that may be nil.

@@ -41,8 +41,10 @@ type total struct{ n atomic.Int64 }
 
 func (c *total) Add(n float64) { c.n.Add(int64(n)) }
 
-// kinds are the pairs of connections that Join treats differently.
+// kinds are the pairs of connections that Join treats differently, and those that
+// loops join.
 var kinds = map[string]func(c *net.TCPConn, second bool) net.Conn{
+	"relayed":  func(c *net.TCPConn, _ bool) net.Conn { return c },
 	"spliced":  func(c *net.TCPConn, _ bool) net.Conn { return c },
 	"buffered": func(c *net.TCPConn, _ bool) net.Conn { return wrapped{c} },
 	"mixed": func(c *net.TCPConn, second bool) net.Conn {
@@ -74,9 +76,25 @@ func (r *rig) join(t testing.TB, kind string, o Options) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		r.result <- Join(wrap(r.a, false), wrap(r.b, true), o)
+		r.result <- join(t, kind, wrap(r.a, false), wrap(r.b, true), o)
 	}()
 	t.Cleanup(func() { Abort(r.near); Abort(r.far); <-done }) // it has given back its pipes
+}
+
+// join joins two connections by what a kind stands for.
+func join(t testing.TB, kind string, a, b net.Conn, o Options) Result {
+	if kind != "relayed" {
+		return Join(a, b, o)
+	}
+	relays, err := NewRelays()
+	if err != nil {
+		t.Error(err)
+		return Result{}
+	}
+	defer relays.Close()
+	result := make(chan Result, 1)
+	relays.Join(a, b, o, func(r Result) { result <- r })
+	return <-result
 }
 
 func (r *rig) end(t testing.TB) Result {
@@ -320,8 +338,8 @@ func TestOutOfDescriptors(t *testing.T) {
 // A connection that breaks while its pipe holds bytes does not leave them to
 // the next one.
 func TestPipesAreGivenBackEmpty(t *testing.T) {
-	for range 20 {
-		r := newRig(t, "spliced", Options{})
+	for i := range 40 {
+		r := newRig(t, []string{"spliced", "relayed"}[i%2], Options{})
 		_ = r.near.SetWriteDeadline(time.Now().Add(30 * time.Millisecond))
 		for _, err := r.near.Write(make([]byte, 8<<20)); err == nil; {
 			_, err = r.near.Write(make([]byte, 8<<20))

@@ -213,7 +213,7 @@ func TestResetThatWasToldBefore(t *testing.T) {
 		if _, err := b.Write([]byte("x")); !errors.Is(err, syscall.ECONNRESET) {
 			t.Fatalf("write: %v, want a reset", err)
 		}
-		res := Join(kinds[kind](a, false), kinds[kind](b, true), Options{})
+		res := join(t, kind, kinds[kind](a, false), kinds[kind](b, true), Options{})
 		if !res.Reset {
 			t.Errorf("result %+v, want a reset", res)
 		}

@@ -1,0 +1,30 @@
+package pipe
+
+import (
+	"syscall"
+	"unsafe"
+)
+
+// Calls that cannot block go to the kernel without telling the scheduler, which
+// would take a processor away from who is long in a call, and wake a thread for it.
+// Their errors are errnos, never wrapped.
+
+func rawRead(fd int, b []byte) (int, syscall.Errno) {
+	n, _, errno := syscall.RawSyscall(syscall.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b))) //nolint:gosec // a descriptor, a slice
+	return int(n), errno
+}
+
+func rawWrite(fd int, b []byte) (int, syscall.Errno) {
+	n, _, errno := syscall.RawSyscall(syscall.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b))) //nolint:gosec // as above
+	return int(n), errno
+}
+
+func rawShutdown(fd, how int) syscall.Errno {
+	_, _, errno := syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(fd), uintptr(how), 0)
+	return errno
+}
+
+func rawClose(fd int) syscall.Errno {
+	_, _, errno := syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0)
+	return errno
+}

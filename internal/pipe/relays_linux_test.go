@@ -1,0 +1,221 @@
+package pipe
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/testtcp"
+)
+
+func newRelays(t *testing.T) *Relays {
+	t.Helper()
+	r, err := NewRelays()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.Close)
+	return r
+}
+
+func noSetup(int) error { return nil }
+
+// A connection from Dial to the end, with more to send first than a socket takes at
+// once and a reader that is late.
+func TestDialAndJoin(t *testing.T) {
+	r := newRelays(t)
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	near, a := testtcp.Pair(t)
+	_ = a.SetDeadline(time.Time{})
+	options := 0
+	b, err := r.Dial(t.Context(), ln.Addr().String(), func(fd int) error {
+		options++
+		return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 4096)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if options != 1 || b.RemoteAddr().String() != ln.Addr().String() {
+		t.Errorf("setup was called %d times, for %v", options, b.RemoteAddr())
+	}
+	first, rest := randomBytes(4<<20), []byte("and what is read")
+	result := make(chan Result, 1)
+	given := bytes.Clone(first)
+	r.Join(a, b, Options{First: given}, func(res Result) { result <- res })
+	clear(given) // it may be used for other things
+	_, _ = near.Write(rest)
+	_ = near.CloseWrite()
+	far, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-time.After(50 * time.Millisecond) // the reader is late
+	if got, err := io.ReadAll(far); err != nil || !bytes.Equal(got, append(first, rest...)) {
+		t.Errorf("%d bytes came, %v", len(got), err)
+	}
+	_, _ = far.Write([]byte("answer"))
+	_ = far.Close()
+	if got, err := io.ReadAll(near); err != nil || string(got) != "answer" {
+		t.Errorf("the answer is %q, %v", got, err)
+	}
+	if res := <-result; res.Reset || res.AtoB != int64(len(first)+len(rest)) || res.BtoA != 6 {
+		t.Errorf("result %+v", res)
+	}
+}
+
+func TestDialFails(t *testing.T) {
+	r := newRelays(t)
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := ln.Addr().String()
+	ln.Close()
+	if c, err := r.Dial(t.Context(), closed, noSetup); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("where nobody listens: %v, %v", c, err)
+	}
+	wrong := errors.New("wrong")
+	if c, err := r.Dial(t.Context(), closed, func(int) error { return wrong }); !errors.Is(err, wrong) {
+		t.Errorf("where setup fails: %v, %v", c, err)
+	}
+	// A listener whose queue is full answers no more.
+	full := fullListener(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if c, err := r.Dial(ctx, full, noSetup); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("where nobody answers: %v, %v", c, err)
+	}
+	ctx, cancel = context.WithCancel(t.Context())
+	time.AfterFunc(50*time.Millisecond, cancel)
+	if c, err := r.Dial(ctx, full, noSetup); !errors.Is(err, context.Canceled) {
+		t.Errorf("where it was called off: %v, %v", c, err)
+	}
+	if c, err := r.Dial(ctx, full, noSetup); !errors.Is(err, context.Canceled) {
+		t.Errorf("where it was called off before: %v, %v", c, err)
+	}
+}
+
+// fullListener returns the address of one that accepts nobody, and has no room.
+func fullListener(t *testing.T) string {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	name, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: name.(*unix.SockaddrInet4).Port}
+	for range 3 {
+		if c, err := net.DialTimeout("tcp4", at.String(), 50*time.Millisecond); err == nil {
+			t.Cleanup(func() { c.Close() })
+		}
+	}
+	return at.String()
+}
+
+// What is joined can be aborted, by its function and by Close, and says so once.
+func TestRelaysAbort(t *testing.T) {
+	for _, how := range []string{"abort", "close"} {
+		r, err := NewRelays()
+		if err != nil {
+			t.Fatal(err)
+		}
+		near, a := testtcp.Pair(t)
+		b, far := testtcp.Pair(t)
+		results := make(chan Result, 2)
+		abort := r.Join(a, b, Options{}, func(res Result) { results <- res })
+		if how == "abort" {
+			abort()
+		}
+		r.Close()
+		abort()
+		if res := <-results; !res.Reset || !errors.Is(res.Err, net.ErrClosed) {
+			t.Errorf("%s: result %+v", how, res)
+		}
+		if len(results) > 0 {
+			t.Errorf("%s: it was told twice", how)
+		}
+		for _, c := range []net.Conn{near, far} {
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("%s: read: %v, want a reset", how, err)
+			}
+		}
+	}
+}
+
+// One connection that has much to move does not keep another of its loop waiting.
+func TestRelaysTakeTurns(t *testing.T) {
+	r := newRelays(t)
+	for range 2 * len(r.loops) {
+		near, a := testtcp.Pair(t)
+		b, far := testtcp.Pair(t)
+		_, _ = near.SetDeadline(time.Time{}), far.SetDeadline(time.Time{})
+		abort := r.Join(a, b, Options{}, func(Result) {})
+		t.Cleanup(abort)
+		go func() { _, _ = io.Copy(io.Discard, far) }()
+		go func() {
+			for chunk := make([]byte, 1<<20); ; {
+				if _, err := near.Write(chunk); err != nil {
+					return
+				}
+			}
+		}()
+	}
+	near, a := testtcp.Pair(t)
+	b, far := testtcp.Pair(t)
+	t.Cleanup(r.Join(a, b, Options{}, func(Result) {}))
+	go func() { _, _ = io.Copy(far, far) }()
+	for range 20 {
+		_, _ = near.Write([]byte{1})
+		if _, err := io.ReadFull(near, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A number that is used again does not get its predecessor's events.
+func TestRelaysUseNumbersAgain(t *testing.T) {
+	r := newRelays(t)
+	for range 200 {
+		near, a := testtcp.Pair(t)
+		b, far := testtcp.Pair(t)
+		done := make(chan Result, 1)
+		r.Join(a, b, Options{}, func(res Result) { done <- res })
+		_, _ = near.Write([]byte("x"))
+		_ = near.Close()
+		if got, err := io.ReadAll(far); err != nil || string(got) != "x" {
+			t.Fatalf("read %q, %v", got, err)
+		}
+		_ = far.Close()
+		if res := <-done; res.AtoB != 1 || res.Reset {
+			t.Fatalf("result %+v", res)
+		}
+	}
+	used := 0
+	for _, l := range r.loops {
+		l.mu.Lock()
+		used += len(l.slots)
+		l.mu.Unlock()
+	}
+	if used > 2*len(r.loops) {
+		t.Errorf("%d numbers for connections that came one after the other", used)
+	}
+}
