@@ -287,17 +287,17 @@ func TestPendingConnectionsMakeRoom(t *testing.T) {
 func TestRoomIsMadeByWhoHasTheMost(t *testing.T) {
 	p := pending{max: 4}
 	one, many := sourceOf(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1)}), sourceOf(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 2)})
-	first := &place{source: one}
-	for _, c := range []*place{first, {source: many}, {source: many}, {source: one}} {
+	first := &Place{source: one}
+	for _, c := range []*Place{first, {source: many}, {source: many}, {source: one}} {
 		if out, ok := p.add(c); out != nil || !ok {
 			t.Fatalf("there was room: %v, %v", out, ok)
 		}
 	}
-	last := &place{source: many}
+	last := &Place{source: many}
 	if out, _ := p.add(last); out != first {
 		t.Errorf("with two each, %v made room, want the oldest", out)
 	}
-	if out, _ := p.add(&place{source: one}); out == nil || out.source != many || out == last {
+	if out, _ := p.add(&Place{source: one}); out == nil || out.source != many || out == last {
 		t.Errorf("%v made room, want the oldest of those with three", out)
 	}
 	if p.remove(first) || !p.remove(last) || len(p.close()) != 3 || len(p.sources) != 0 {

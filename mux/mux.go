@@ -65,6 +65,8 @@ const (
 	// tlsHandshake is the first byte of TLS: a record of type handshake
 	// (RFC 8446 section 5.1).
 	tlsHandshake = 0x16
+	// maxIdleWorkers bounds the goroutines that wait for a connection.
+	maxIdleWorkers = 16
 	// helloBytes bounds the memory of all large ClientHellos that are being
 	// read at once.
 	helloBytes = 16 << 20
@@ -110,8 +112,11 @@ type Options struct {
 	// stops: it is called once, its context ends after DrainTimeout, and it
 	// should return then. Nil means nothing else.
 	Drain func(ctx context.Context)
-	// TLS serves connections that begin like TLS. Required.
+	// TLS serves connections that begin like TLS. Required without Pass.
 	TLS Handler
+	// Pass serves them in its place. It has the duties of a [Handler] and may hand
+	// a connection on with [Place.Keep], so that what only waits costs no goroutine.
+	Pass func(ctx context.Context, c *sniff.Conn, p *Place)
 	// Plain serves the others. Nil means that they are closed and counted.
 	Plain Handler
 	// Log receives what goes wrong. Nil means no log.
@@ -153,7 +158,7 @@ func (o Options) withDefaults() (Options, error) {
 			*d.value = d.def
 		}
 	}
-	if o.TLS == nil {
+	if o.TLS == nil && o.Pass == nil {
 		return o, errors.New("mux: TLS is required")
 	}
 	if o.Drain == nil {
@@ -177,6 +182,8 @@ type Server struct {
 	hellos *sniff.Budget
 	ran    atomic.Bool
 	wg     sync.WaitGroup
+	work   chan net.Conn // to workers that wait
+	idle   atomic.Int32  // how many those are
 	warn   sample.Sampler
 
 	pending pending
@@ -195,7 +202,7 @@ func New(ln net.Listener, o Options) (*Server, error) {
 		return nil, err
 	}
 	return &Server{
-		ln: ln, o: o, log: o.Log.Named("mux"), slots: make(chan struct{}, o.MaxConns), hellos: sniff.NewBudget(helloBytes),
+		ln: ln, o: o, log: o.Log.Named("mux"), slots: make(chan struct{}, o.MaxConns), hellos: sniff.NewBudget(helloBytes), work: make(chan net.Conn),
 		pending: pending{max: o.MaxPending}, ending: connset.New(), lasting: connset.New(), sources: make(map[netip.Prefix]int),
 	}, nil
 }
@@ -304,7 +311,30 @@ func (s *Server) accept(ctx, handlers, lasting context.Context) error {
 			continue
 		}
 		backoff = minBackoff
-		s.wg.Go(func() { s.serve(handlers, lasting, c) })
+		select {
+		case s.work <- c:
+		default:
+			s.wg.Go(func() { s.worker(ctx, handlers, lasting, c) })
+		}
+	}
+}
+
+// worker serves a connection, and then others while there are some: a goroutine that
+// has been in use has the stack that it takes. It ends with ctx, as accept does.
+func (s *Server) worker(ctx, handlers, lasting context.Context, c net.Conn) {
+	for {
+		s.serve(handlers, lasting, c)
+		if s.idle.Add(1) > maxIdleWorkers {
+			s.idle.Add(-1)
+			return
+		}
+		select {
+		case c = <-s.work:
+			s.idle.Add(-1)
+		case <-ctx.Done():
+			s.idle.Add(-1)
+			return
+		}
 	}
 }
 
@@ -328,19 +358,16 @@ func (s *Server) reserve(ctx context.Context) bool {
 }
 
 func (s *Server) serve(ctx, lasting context.Context, raw net.Conn) {
-	defer func() { <-s.slots }()
 	source := sourceOf(raw.RemoteAddr())
 	if !s.enter(source) {
 		s.refuse(raw, reasonLimitSource, nil)
+		<-s.slots
 		return
 	}
-	defer s.leave(source)
 	s.o.Metrics.open.Inc()
-	defer s.o.Metrics.open.Dec()
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	c := &place{s: s, raw: raw, conn: sniff.NewConn(raw, s.hellos), source: source, cancel: cancel, released: lasting}
-	defer c.leave()
+	c := &Place{s: s, raw: raw, conn: sniff.NewConn(raw, s.hellos), source: source, cancel: cancel, released: lasting}
+	defer c.returned()
 	if !c.enter() { // accepted while the drain began
 		pipe.Abort(raw)
 		return
@@ -363,7 +390,7 @@ func (s *Server) recovered(raw net.Conn) {
 
 // firstByte waits for the first byte. Where it returns false, the connection is
 // closed.
-func (s *Server) firstByte(c *place) (first byte, ok bool) {
+func (s *Server) firstByte(c *Place) (first byte, ok bool) {
 	err := c.raw.SetReadDeadline(time.Now().Add(s.o.FirstByteTimeout))
 	if err == nil {
 		first, err = c.conn.FirstByte()
@@ -384,14 +411,17 @@ func (s *Server) firstByte(c *place) (first byte, ok bool) {
 	return 0, false
 }
 
-func (s *Server) dispatch(ctx context.Context, c *place, first byte) {
+func (s *Server) dispatch(ctx context.Context, c *Place, first byte) {
 	switch {
+	case first == tlsHandshake && s.o.Pass != nil:
+		s.o.Metrics.tls.Inc()
+		s.o.Pass(ctx, c.conn, c)
 	case first == tlsHandshake:
 		s.o.Metrics.tls.Inc()
-		s.o.TLS.ServeConn(ctx, c.conn, c.establish)
+		s.o.TLS.ServeConn(ctx, c.conn, c.Establish)
 	case s.o.Plain != nil:
 		s.o.Metrics.plain.Inc()
-		s.o.Plain.ServeConn(ctx, c.conn, c.establish)
+		s.o.Plain.ServeConn(ctx, c.conn, c.Establish)
 	default:
 		s.refuse(c.raw, reasonNotTLS, nil)
 	}
@@ -429,11 +459,11 @@ func (s *Server) leave(source netip.Prefix) {
 // sourceOf is whom a connection counts for: an IPv4 address, or the /64 that one
 // IPv6 host can fill with addresses.
 func sourceOf(a net.Addr) netip.Prefix {
-	ap, err := netip.ParseAddrPort(a.String())
-	if err != nil {
-		return netip.Prefix{} // not TCP: all count together
+	tcp, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.Prefix{} // all count together
 	}
-	addr := ap.Addr().Unmap().WithZone("")
+	addr := tcp.AddrPort().Addr().Unmap().WithZone("")
 	bits := addr.BitLen()
 	if addr.Is6() {
 		bits = 64

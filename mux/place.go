@@ -13,8 +13,8 @@ import (
 	"culvert/sniff"
 )
 
-// A place is one connection's place in a server, from its accept to its end.
-type place struct {
+// A Place is one connection's place in a server, from its accept to its end.
+type Place struct {
 	s        *Server
 	raw      net.Conn
 	conn     *sniff.Conn
@@ -25,11 +25,76 @@ type place struct {
 	at     *list.Element // among the pending ones; guarded by pending.mu
 	remove func()        // out of the set of established ones
 	stop   func() bool
+
+	mu      sync.Mutex
+	kept    bool   // the handler goes on with it when it has returned
+	abort   func() // what resets it then; nil until that is known
+	aborted bool
+}
+
+// Keep is for a handler that goes on with the connection after it has returned, by
+// no goroutine of the server's. It calls begin, which is given what is to be called
+// once, from any goroutine, at the end, and returns what resets the connection. The
+// server does that in place of its own reset, as it must not touch the connection any
+// more, and also where it would have ended the handler's context. It is called once,
+// when the connection is established, and no other function of it is called after
+// it.
+func (c *Place) Keep(begin func(leave func()) (abort func())) {
+	c.mu.Lock()
+	c.kept = true
+	c.mu.Unlock()
+	c.s.wg.Add(1)
+	abort := begin(func() {
+		c.end()
+		c.s.wg.Done()
+	})
+	c.mu.Lock()
+	c.abort = abort
+	aborted := c.aborted
+	c.mu.Unlock()
+	if aborted {
+		abort()
+	}
+}
+
+// established is a place among the established connections, where it is reset as
+// its handler wants.
+type established struct {
+	net.Conn
+	place *Place
+}
+
+// Abort resets the connection.
+func (e established) Abort() { e.place.reset() }
+
+// reset ends the connection, whoever has it.
+func (c *Place) reset() {
+	c.mu.Lock()
+	c.aborted = true
+	kept, abort := c.kept, c.abort
+	c.mu.Unlock()
+	switch {
+	case !kept:
+		pipe.Abort(c.raw)
+	case abort != nil:
+		abort()
+	}
+}
+
+// release asks a lasting connection to go.
+func (c *Place) release() {
+	c.cancel()
+	c.mu.Lock()
+	kept := c.kept
+	c.mu.Unlock()
+	if kept {
+		c.reset()
+	}
 }
 
 // enter makes the connection a pending one, which may cost another its place.
 // It reports false after a drain has begun.
-func (c *place) enter() bool {
+func (c *Place) enter() bool {
 	oldest, ok := c.s.pending.add(c)
 	if oldest != nil {
 		oldest.giveUp()
@@ -42,8 +107,8 @@ func (c *place) enter() bool {
 	return ok
 }
 
-// establish is the handler's [Establish].
-func (c *place) establish(lasting bool) bool {
+// Establish is the handler's [Establish].
+func (c *Place) Establish(lasting bool) bool {
 	if !c.s.pending.remove(c) {
 		return false
 	}
@@ -51,21 +116,31 @@ func (c *place) establish(lasting bool) bool {
 	set := c.s.ending
 	if lasting {
 		set = c.s.lasting
-		c.stop = context.AfterFunc(c.released, c.cancel)
+		c.stop = context.AfterFunc(c.released, c.release)
 	}
 	var ok bool
-	c.remove, ok = set.Add(c.raw)
+	c.remove, ok = set.Add(established{c.raw, c})
 	return ok
 }
 
 // giveUp ends a connection that was pending and is not any more.
-func (c *place) giveUp() {
+func (c *Place) giveUp() {
 	pipe.Abort(c.raw)
 	c.cancel()
 }
 
-// leave takes the connection out of wherever it is. Its handler has returned.
-func (c *place) leave() {
+// returned is the end of the connection, unless its handler has kept it.
+func (c *Place) returned() {
+	c.mu.Lock()
+	kept := c.kept
+	c.mu.Unlock()
+	if !kept {
+		c.end()
+	}
+}
+
+// end takes the connection out of wherever it is.
+func (c *Place) end() {
 	c.s.pending.remove(c)
 	c.conn.Release()
 	if c.stop != nil {
@@ -74,6 +149,10 @@ func (c *place) leave() {
 	if c.remove != nil {
 		c.remove()
 	}
+	c.cancel()
+	c.s.o.Metrics.open.Dec()
+	c.s.leave(c.source)
+	<-c.s.slots
 }
 
 // pending are the connections that are not established, in the order of their
@@ -83,13 +162,13 @@ type pending struct {
 
 	mu      sync.Mutex
 	closed  bool
-	order   list.List // of *place, the oldest first
+	order   list.List // of *Place, the oldest first
 	sources map[netip.Prefix]int
 }
 
 // add puts a connection in. Where there are too many then it takes another out
 // and returns it. It reports false, and keeps nothing, after close.
-func (p *pending) add(c *place) (out *place, ok bool) {
+func (p *pending) add(c *Place) (out *Place, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -110,13 +189,13 @@ func (p *pending) add(c *place) (out *place, ok bool) {
 // oldestOfMost returns the connection that is the least likely to come to
 // anything: who dials in earnest has few under way, and not for long. Called
 // with mu held, while there are some.
-func (p *pending) oldestOfMost() *place {
+func (p *pending) oldestOfMost() *Place {
 	most := 0
 	for _, n := range p.sources {
 		most = max(most, n)
 	}
 	for e := p.order.Front(); e != nil; e = e.Next() {
-		if c := e.Value.(*place); p.sources[c.source] == most { //nolint:errcheck,forcetypeassert // the list holds nothing else
+		if c := e.Value.(*Place); p.sources[c.source] == most { //nolint:errcheck,forcetypeassert // the list holds nothing else
 			return c
 		}
 	}
@@ -124,7 +203,7 @@ func (p *pending) oldestOfMost() *place {
 }
 
 // remove takes a connection out, and reports whether it was there.
-func (p *pending) remove(c *place) bool {
+func (p *pending) remove(c *Place) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c.at == nil {
@@ -135,7 +214,7 @@ func (p *pending) remove(c *place) bool {
 }
 
 // take takes a connection out that is there. Called with mu held.
-func (p *pending) take(c *place) {
+func (p *pending) take(c *Place) {
 	p.order.Remove(c.at)
 	c.at = nil
 	if p.sources[c.source]--; p.sources[c.source] == 0 {
@@ -144,13 +223,13 @@ func (p *pending) take(c *place) {
 }
 
 // close takes all out and lets no more in.
-func (p *pending) close() []*place {
+func (p *pending) close() []*Place {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.closed = true
-	var all []*place
+	var all []*Place
 	for e := p.order.Front(); e != nil; e = p.order.Front() {
-		c := e.Value.(*place) //nolint:errcheck,forcetypeassert // the list holds nothing else
+		c := e.Value.(*Place) //nolint:errcheck,forcetypeassert // the list holds nothing else
 		p.take(c)
 		all = append(all, c)
 	}
