@@ -30,20 +30,20 @@ type backend struct {
 	open map[string]int // connections by address as configured
 }
 
-// opened counts a connection to an address until the returned function is called.
-func (b *backend) opened(endpoint string) (done func()) {
-	add := func(n int) {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		if b.open[endpoint] += n; b.open[endpoint] == 0 {
-			delete(b.open, endpoint)
-		}
-	}
-	add(1)
+// opened counts a connection to an address, until closed.
+func (b *backend) opened(endpoint string) {
 	b.flow.open.Inc()
-	return func() {
-		b.flow.open.Dec()
-		add(-1)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.open[endpoint]++
+}
+
+func (b *backend) closed(endpoint string) {
+	b.flow.open.Dec()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.open[endpoint]--; b.open[endpoint] == 0 {
+		delete(b.open, endpoint)
 	}
 }
 

@@ -36,8 +36,10 @@ import (
 	"culvert/admin"
 	"culvert/config"
 	"culvert/federation"
+	"culvert/internal/pipe"
 	"culvert/internal/resolve"
 	"culvert/internal/sample"
+	"culvert/internal/sockopt"
 	"culvert/locator"
 	"culvert/mux"
 )
@@ -89,6 +91,7 @@ type Gateway struct {
 	federated *federated // nil without a federation block
 
 	inflight *inflight
+	relays   *pipe.Relays // while Run runs
 	warned   sample.Sampler
 	ready    atomic.Bool
 
@@ -109,7 +112,8 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 		resolver: resolve.New(resolve.Options{}),
 		dials:    locator.NewMetrics(o.Registry),
 	}
-	ln, err := net.Listen("tcp", cfg.Listen.Address)
+	lc := net.ListenConfig{Control: sockopt.StreamControl, KeepAlive: -1}
+	ln, err := lc.Listen(context.Background(), "tcp", cfg.Listen.Address)
 	if err != nil {
 		return nil, fmt.Errorf("listen for connections: %w", err)
 	}
@@ -131,7 +135,7 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 		MaxConnsPerSource: maxConnsPerSource,
 		MaxPending:        maxPending,
 		DrainTimeout:      o.DrainTimeout,
-		TLS:               mux.HandlerFunc(g.serve),
+		Pass:              g.serve,
 		Log:               o.Log,
 		Metrics:           mux.NewMetrics(o.Registry),
 	})
@@ -246,8 +250,16 @@ func (e *restartError) Hint() string {
 
 func (g *Gateway) newPool() pool {
 	return locator.NewPool(locator.PoolOptions{
-		Resolver: g.resolver, Control: g.own.control, Forbid: g.federated.forbidder(), Log: g.opts.Log, Metrics: g.dials,
+		Resolver: g.resolver, Dial: g.dial, Forbid: g.federated.forbidder(), Log: g.opts.Log, Metrics: g.dials,
 	})
+}
+
+// dial connects to a backend, but not to the gateway itself.
+func (g *Gateway) dial(ctx context.Context, _, address string) (net.Conn, error) {
+	if err := g.own.check(address); err != nil {
+		return nil, err
+	}
+	return g.relays.Dial(ctx, address, sockopt.StreamSocket)
 }
 
 // Run serves until ctx ends. Then it is no longer ready, takes no more
@@ -258,6 +270,11 @@ func (g *Gateway) newPool() pool {
 // them; nor are they cut at its start, since their owners could not dial a single
 // gateway again before it is back. They go when the last stream has gone.
 func (g *Gateway) Run(ctx context.Context) error {
+	var err error
+	if g.relays, err = pipe.NewRelays(); err != nil {
+		return errors.Join(err, g.mux.Close(), g.admin.Close())
+	}
+	defer g.relays.Close() // when mux has seen the last connection end
 	adminCtx, stopAdmin := context.WithCancel(context.WithoutCancel(ctx))
 	poolCtx, stopPools := context.WithCancel(context.WithoutCancel(ctx))
 	ctx, stop := context.WithCancel(ctx)

@@ -3,7 +3,6 @@ package gateway
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"strings"
 	"time"
@@ -11,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"culvert/internal/alert"
+	"culvert/internal/pause"
 	"culvert/internal/pipe"
 	"culvert/internal/sockopt"
 	"culvert/mux"
@@ -35,9 +35,8 @@ type refusal struct {
 	err    error
 }
 
-// serve serves one connection to its end. It owns c.
-func (g *Gateway) serve(ctx context.Context, c *sniff.Conn, establish mux.Establish) {
-	remote := c.RemoteAddr()
+// serve serves one connection, to its end or until its relay has it. It owns c.
+func (g *Gateway) serve(ctx context.Context, c *sniff.Conn, place *mux.Place) {
 	hello, no := g.readHello(c)
 	if no != nil {
 		g.refuse(c, hello, no)
@@ -45,26 +44,19 @@ func (g *Gateway) serve(ctx context.Context, c *sniff.Conn, establish mux.Establ
 	}
 	if !g.inflight.add(hello.Random) {
 		no := &refusal{reasonLoop, alert.InternalError, errors.New("the same hello is being passed on already")}
-		g.warnLoop(hello, remote, no.err)
+		g.warnLoop(hello, c.RemoteAddr(), no.err)
 		g.refuse(c, hello, no)
 		return
 	}
-	defer g.inflight.remove(hello.Random)
-	to, ok := g.backends.find(hello.ServerName)
-	if !ok {
-		g.refuse(c, hello, &refusal{reasonUnknownName, alert.UnrecognizedName, errors.New("no route for this name")})
-		return
+	p := &passage{g: g, random: hello.Random}
+	if !p.begin(ctx, c, place, hello) {
+		g.inflight.remove(hello.Random)
 	}
-	g.pass(ctx, c, establish, hello, to)
 }
 
 // readHello reads the hello and judges it as far as no route is needed.
 func (g *Gateway) readHello(c *sniff.Conn) (sniff.Hello, *refusal) {
-	err := c.SetReadDeadline(time.Now().Add(g.opts.HelloTimeout))
-	var hello sniff.Hello
-	if err == nil {
-		hello, err = c.Hello()
-	}
+	hello, err := g.awaitHello(c)
 	if err != nil {
 		reason, description := sniff.Verdict(err)
 		return hello, &refusal{reason, description, err}
@@ -73,6 +65,22 @@ func (g *Gateway) readHello(c *sniff.Conn) (sniff.Hello, *refusal) {
 		return hello, &refusal{reasonNoServerName, alert.UnrecognizedName, errors.New("client names no server")}
 	}
 	return hello, nil
+}
+
+// awaitHello has a time limit only where there is something to wait for: most hellos
+// have come whole with their first byte.
+func (g *Gateway) awaitHello(c *sniff.Conn) (sniff.Hello, error) {
+	if c.HasHello() {
+		return c.Hello()
+	}
+	if err := c.SetReadDeadline(time.Now().Add(g.opts.HelloTimeout)); err != nil {
+		return sniff.Hello{}, err
+	}
+	hello, err := c.Hello()
+	if err == nil {
+		err = c.SetReadDeadline(time.Time{})
+	}
+	return hello, err
 }
 
 // refuse counts and ends a connection that goes no further.
@@ -98,91 +106,94 @@ func (g *Gateway) warnLoop(hello sniff.Hello, remote net.Addr, err error) {
 	}
 }
 
-// pass finds a backend for a connection and joins the two. Until there is one
-// the connection is pending, and may be given up for another; packet connections
-// are lasting.
-func (g *Gateway) pass(ctx context.Context, c *sniff.Conn, establish mux.Establish, hello sniff.Hello, to *backend) {
-	start, packets := time.Now(), offersPackets(hello.Protocols)
-	dialCtx, cancel := context.WithTimeout(ctx, g.opts.DialTimeout)
-	far, endpoint, err := to.pool.Dial(dialCtx)
+// A passage is one connection that is passed on.
+type passage struct {
+	g        *Gateway
+	random   [32]byte
+	to       *backend
+	near     net.Conn // for the log
+	endpoint string
+	hello    int // bytes of it
+	leave    func()
+}
+
+// begin finds a backend for a connection and joins the two, and reports whether they
+// are. Until there is a backend the connection is pending, and may be given up for
+// another; packet connections are lasting.
+func (p *passage) begin(ctx context.Context, c *sniff.Conn, place *mux.Place, hello sniff.Hello) bool {
+	g, ok := p.g, false
+	if p.to, ok = g.backends.find(hello.ServerName); !ok {
+		g.refuse(c, hello, &refusal{reasonUnknownName, alert.UnrecognizedName, errors.New("no route for this name")})
+		return false
+	}
+	dialCtx, cancel := pause.Within(ctx, g.opts.DialTimeout)
+	far, endpoint, err := p.to.pool.Dial(dialCtx)
 	cancel()
 	if errors.Is(err, errOwnAddress) {
 		g.warnLoop(hello, c.RemoteAddr(), err)
 		g.refuse(c, hello, &refusal{reasonLoop, alert.InternalError, err})
-		return
+		return false
 	}
-	log := g.log.With(zap.Stringer("remote", c.RemoteAddr()), zap.String("server_name", hello.ServerName))
 	near, peeked := c.Detach()
 	if err != nil {
 		if ctx.Err() == nil {
-			to.flow.dialFailed.Inc()
+			p.to.flow.dialFailed.Inc()
 		}
-		log.Debug("no backend", zap.Error(err))
+		g.log.Debug("no backend", zap.Stringer("remote", near.RemoteAddr()), zap.String("server_name", hello.ServerName), zap.Error(err))
 		pipe.Abort(near) // refused is refused: the dialling side shall not wait
-		return
+		return false
 	}
-	ends := &both{near, far}
-	if !establish(packets) {
-		ends.Abort()
-		return
+	packets := offersPackets(hello.Protocols)
+	if !place.Establish(packets) {
+		pipe.Abort(near)
+		pipe.Abort(far)
+		return false
 	}
-	defer context.AfterFunc(ctx, ends.Abort)()
-	to.flow.ok.Inc()
-	defer to.opened(endpoint)()
-	if err := ends.tune(packets); err != nil {
-		log.Debug("socket options refused", zap.Error(err)) // it works without, only not as well
-	}
-	if err := ends.replay(peeked, g.opts.DialTimeout); err != nil {
-		to.pool.Report(endpoint, err)
-		ends.Abort()
-		log.Debug("backend lost at once", zap.String("gateway", endpoint), zap.Error(err))
-		return
-	}
-	to.flow.in.Add(float64(len(peeked)))
-	result := pipe.Join(near, far, pipe.Options{AtoB: to.flow.in, BtoA: to.flow.out})
-	log.Debug("connection ended", zap.String("gateway", endpoint), zap.Duration("lived", time.Since(start)),
-		zap.Int64("in", result.AtoB+int64(len(peeked))), zap.Int64("out", result.BtoA), zap.Bool("reset", result.Reset))
-}
-
-// both are the two ends of one connection that is passed on.
-type both struct {
-	net.Conn
-	far net.Conn
-}
-
-// replay sends the hello on and leaves both ends ready for [pipe.Join].
-func (b *both) replay(peeked []byte, budget time.Duration) error {
-	if err := b.far.SetWriteDeadline(time.Now().Add(budget)); err != nil {
-		return fmt.Errorf("set deadline for hello: %w", err)
-	}
-	if _, err := b.far.Write(peeked); err != nil {
-		return fmt.Errorf("send hello on: %w", err)
-	}
-	if err := errors.Join(b.far.SetDeadline(time.Time{}), b.SetDeadline(time.Time{})); err != nil {
-		return fmt.Errorf("clear deadlines: %w", err)
-	}
-	return nil
-}
-
-// Abort resets both.
-func (b *both) Abort() {
-	pipe.Abort(b.Conn)
-	pipe.Abort(b.far)
-}
-
-// tune sets the socket options of both.
-func (b *both) tune(packets bool) error {
-	set := sockopt.Stream
 	if packets {
-		set = sockopt.Packet
+		g.tune(near, far)
 	}
+	if log := g.log.Check(zap.DebugLevel, "connection passed on"); log != nil {
+		log.Write(zap.Stringer("remote", near.RemoteAddr()), zap.String("server_name", hello.ServerName), zap.String("gateway", endpoint))
+	}
+	p.near, p.endpoint, p.hello = near, endpoint, len(peeked)
+	p.to.flow.ok.Inc()
+	p.to.opened(endpoint)
+	place.Keep(func(leave func()) (abort func()) {
+		p.leave = leave
+		return g.relays.Join(near, far, pipe.Options{AtoB: p.to.flow.in, BtoA: p.to.flow.out, First: peeked}, p.end)
+	})
+	sniff.Recycle(peeked)
+	return true
+}
+
+// end is the end of a connection that was passed on.
+func (p *passage) end(r pipe.Result) {
+	if r.Err != nil && r.AtoB < int64(p.hello) && !errors.Is(r.Err, net.ErrClosed) {
+		p.to.pool.Report(p.endpoint, r.Err) // it takes connections, and no hello
+	}
+	p.g.inflight.remove(p.random)
+	p.to.closed(p.endpoint)
+	if log := p.g.log.Check(zap.DebugLevel, "connection ended"); log != nil {
+		log.Write(zap.Stringer("remote", p.near.RemoteAddr()), zap.String("gateway", p.endpoint), zap.Int64("in", r.AtoB), zap.Int64("out", r.BtoA), zap.Bool("reset", r.Reset))
+	}
+	p.leave()
+}
+
+// tune sets the socket options of a packet connection at both ends. They have those
+// of streams.
+func (g *Gateway) tune(near, far net.Conn) {
 	var errs []error
-	for _, c := range []net.Conn{b.Conn, b.far} {
-		if tcp, ok := c.(*net.TCPConn); ok {
-			errs = append(errs, set(tcp))
-		}
+	if tcp, ok := near.(*net.TCPConn); ok {
+		errs = append(errs, sockopt.Packet(tcp))
 	}
-	return errors.Join(errs...)
+	if socket, ok := far.(interface {
+		Control(f func(fd int) error) error
+	}); ok {
+		errs = append(errs, socket.Control(sockopt.PacketSocket))
+	}
+	if err := errors.Join(errs...); err != nil {
+		g.log.Debug("socket options refused", zap.Error(err)) // it works without, only not as well
+	}
 }
 
 // offersPackets tells connections of gossip packets, which want little queued
