@@ -152,12 +152,13 @@ func usages(cert *x509.Certificate) string {
 
 // A trust is the CA bundle.
 type trust struct {
-	pool *x509.CertPool
-	cas  []*x509.Certificate
+	pool  *x509.CertPool
+	cas   []*x509.Certificate
+	known *known
 }
 
 func newTrust(cas []*x509.Certificate) trust {
-	t := trust{pool: x509.NewCertPool(), cas: cas}
+	t := trust{pool: x509.NewCertPool(), cas: cas, known: &known{chains: make(map[chainKey]validity)}}
 	for _, ca := range cas {
 		t.pool.AddCert(ca)
 	}

@@ -238,7 +238,7 @@ func (s *Source) PeerIdentity(cs tls.ConnectionState) (Identity, error) {
 
 func (s *Source) verifyClient(cs tls.ConnectionState, admit func(protocol string) (Admission, error)) error {
 	chain := cs.PeerCertificates
-	if _, err := s.current.Load().trust.verify(chain, x509.ExtKeyUsageClientAuth, s.opts.Now()); err != nil {
+	if err := s.current.Load().trust.admit(chain, x509.ExtKeyUsageClientAuth, s.opts.Now()); err != nil {
 		return err
 	}
 	id, err := IdentityOf(chain[0], s.opts.Domain)
@@ -254,7 +254,7 @@ func (s *Source) verifyClient(cs tls.ConnectionState, admit func(protocol string
 
 func (s *Source) verifyServer(cs tls.ConnectionState, serverName string) error {
 	chain := cs.PeerCertificates
-	if _, err := s.current.Load().trust.verify(chain, x509.ExtKeyUsageServerAuth, s.opts.Now()); err != nil {
+	if err := s.current.Load().trust.admit(chain, x509.ExtKeyUsageServerAuth, s.opts.Now()); err != nil {
 		return err
 	}
 	id, err := IdentityOf(chain[0], s.opts.Domain)
