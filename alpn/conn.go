@@ -2,12 +2,15 @@ package alpn
 
 import (
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
+	"os"
 	"reflect"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"culvert/certs"
@@ -34,6 +37,7 @@ const closeTimeout = time.Second
 type Conn struct {
 	*tls.Conn
 	wire   *wire
+	more   bool // the last Read filled its buffer: there may be more of its record
 	peer   certs.Identity
 	route  Route
 	intake *intake // the reader's; nil: crypto/tls reads for itself
@@ -75,6 +79,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 		}
 	}
 	n, err := c.Conn.Read(p)
+	c.more = n == len(p)
 	if c.intake != nil {
 		c.intake.release()
 	}
@@ -88,6 +93,14 @@ func (c *Conn) Read(p []byte) (int, error) {
 		return n, io.ErrUnexpectedEOF
 	}
 	return n, refused(err)
+}
+
+// AwaitRead waits until a Read is not going to wait for its first byte, as a rule, so
+// that who reads needs no buffer meanwhile. It is for the goroutine that reads.
+func (c *Conn) AwaitRead() {
+	if !c.more {
+		c.wire.await()
+	}
 }
 
 // CloseWrite sends close_notify and leaves the other direction as it is. What
@@ -156,42 +169,143 @@ func description(alert error) byte {
 	return 0
 }
 
+// wireBuffer is how much is read at once: several records. Where many connections
+// wait, none of them holds such a buffer.
+const wireBuffer = 64 << 10
+
+//nolint:gochecknoglobals // buffers are of use to every connection of the process
+var wireBuffers = sync.Pool{New: func() any { return new([wireBuffer]byte) }}
+
 // A wire is the connection beneath TLS. It serves what was peeked first, counts
 // bytes and remembers whether the end of the connection was read.
+//
+// No read goes beyond a record's end, so that crypto/tls never holds the next one:
+// what has come and was not read is here, or in the kernel.
 type wire struct {
 	raw     net.Conn
-	peeked  []byte
 	metrics *Metrics
 	ended   atomic.Bool
 	eager   *eager // nil: writes wait
+
+	// Of the reader alone.
+	source syscall.RawConn // of raw, if that is TCP
+	chunk  []byte          // read from raw and not by crypto/tls
+	buf    *[wireBuffer]byte
+	err    error // comes after chunk
+	turns  turns // while there is a handshake
+	header [recordHeader]byte
+	have   int // bytes of header
+	body   int // bytes of the record that are still to come
 
 	mu      sync.Mutex // orders changes of the write deadline
 	patient bool       // in CloseWrite
 	closing bool       // Close has begun
 }
 
-func (w *wire) Read(p []byte) (int, error) {
-	if len(w.peeked) > 0 {
-		n := copy(p, w.peeked)
-		w.peeked = w.peeked[n:]
-		if len(w.peeked) == 0 {
-			w.peeked = nil // a hello of 64 KiB must not live as long as its connection
-		}
-		w.metrics.wireIn.Add(float64(n))
-		return n, nil
+func newWire(raw net.Conn, peeked []byte, m *Metrics) *wire {
+	w := &wire{raw: raw, chunk: peeked, metrics: m}
+	if tcp, ok := raw.(*net.TCPConn); ok {
+		w.source, _ = tcp.SyscallConn() // never fails on a connection that is one
 	}
-	n, err := w.raw.Read(p)
+	m.wireIn.Add(float64(len(peeked)))
+	return w
+}
+
+func (w *wire) Read(p []byte) (int, error) {
+	w.await()
+	if len(w.chunk) == 0 {
+		err := w.err
+		if !errors.Is(err, io.EOF) {
+			w.err = nil // a deadline may be moved
+		}
+		return 0, err
+	}
+	n := copy(p, w.chunk[:w.within(min(len(p), len(w.chunk)))])
+	if w.chunk = w.chunk[n:]; len(w.chunk) == 0 {
+		w.release()
+	}
+	return n, nil
+}
+
+// within returns how many of the next n bytes are of one record.
+func (w *wire) within(n int) int {
+	taken := 0
+	if w.body == 0 {
+		taken = copy(w.header[w.have:], w.chunk[:n])
+		if w.have += taken; w.have < recordHeader {
+			return taken
+		}
+		w.have, w.body = 0, int(binary.BigEndian.Uint16(w.header[3:]))
+	}
+	k := min(n-taken, w.body)
+	w.body -= k
+	return taken + k
+}
+
+// await waits until there is something to read, or an error.
+func (w *wire) await() {
+	if len(w.chunk) > 0 || w.err != nil {
+		return
+	}
+	w.turns.end()
+	defer w.turns.begin()
+	n, err := 0, error(nil)
+	if w.source == nil {
+		w.buf = wireBuffers.Get().(*[wireBuffer]byte) //nolint:errcheck,forcetypeassert // the pool holds nothing else
+		n, err = w.raw.Read(w.buf[:])
+	} else {
+		n, err = w.readTCP()
+	}
 	if n > 0 {
 		w.metrics.wireIn.Add(float64(n))
+		w.chunk = w.buf[:n]
+	} else {
+		w.release()
 		if errors.Is(err, io.EOF) {
-			// Bytes together with the end: crypto/tls may need no more than
-			// these, so the end is told when it asks again.
-			return n, nil
+			w.ended.Store(true)
 		}
-	} else if errors.Is(err, io.EOF) {
-		w.ended.Store(true)
 	}
-	return n, err
+	if n == 0 || !errors.Is(err, io.EOF) {
+		w.err = err // an end together with bytes comes again: crypto/tls may need no more than these
+	}
+}
+
+// readTCP reads, and holds a buffer only once there is something to read.
+func (w *wire) readTCP() (n int, err error) {
+	var failed error
+	err = w.source.Read(func(fd uintptr) bool {
+		w.buf = wireBuffers.Get().(*[wireBuffer]byte) //nolint:errcheck,forcetypeassert // the pool holds nothing else
+		for {
+			n, failed = syscall.Read(int(fd), w.buf[:])
+			switch failed {
+			case syscall.EINTR:
+				continue
+			case syscall.EAGAIN:
+				w.release()
+				return false
+			}
+			return true
+		}
+	})
+	switch {
+	case err != nil:
+		return 0, err
+	case failed != nil:
+		return 0, &net.OpError{Op: "read", Net: "tcp", Source: w.LocalAddr(), Addr: w.RemoteAddr(), Err: os.NewSyscallError("read", failed)}
+	case n == 0:
+		return 0, io.EOF
+	}
+	return n, nil
+}
+
+// release gives the buffer back. A hello that was peeked is forgotten: it must not
+// live as long as its connection.
+func (w *wire) release() {
+	w.chunk = nil
+	if w.buf != nil {
+		wireBuffers.Put(w.buf)
+		w.buf = nil
+	}
 }
 
 func (w *wire) Write(p []byte) (n int, err error) {
@@ -243,15 +357,12 @@ func (w *wire) RemoteAddr() net.Addr              { return w.raw.RemoteAddr() }
 func (w *wire) SetDeadline(t time.Time) error     { return w.raw.SetDeadline(t) }
 func (w *wire) SetReadDeadline(t time.Time) error { return w.raw.SetReadDeadline(t) }
 
-// tune sets the socket options for a kind of service, where there is a socket.
-// The connection works without them, only not as well.
+// tune sets the socket options for packets, where there is a socket. Those for
+// streams it has from whoever accepted or dialled it. The connection works without
+// them, only not as well.
 func tune(c net.Conn, kind Kind) error {
-	tcp, ok := c.(*net.TCPConn)
-	switch {
-	case !ok:
-		return nil
-	case kind == KindPacket:
+	if tcp, ok := c.(*net.TCPConn); ok && kind == KindPacket {
 		return sockopt.Packet(tcp)
 	}
-	return sockopt.Stream(tcp)
+	return nil
 }

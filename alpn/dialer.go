@@ -114,7 +114,7 @@ func (d *Dialer) handshake(ctx context.Context, raw net.Conn, serverName string,
 			return nil, fmt.Errorf("set handshake deadline: %w", err)
 		}
 	}
-	w := &wire{raw: raw, metrics: d.metrics}
+	w := newWire(raw, nil, d.metrics)
 	t := tls.Client(w, d.creds.ClientConfig(serverName, protos))
 	if err := t.HandshakeContext(ctx); err != nil {
 		return nil, refused(err)

@@ -76,7 +76,7 @@ func newIntake(t *tls.Conn, raw net.Conn, buffers *intakes) *intake {
 // await waits until crypto/tls can go on with what it has: decrypted bytes, or a
 // whole record, or the end of the connection, which it is left to read.
 func (in *intake) await(w *wire) error {
-	for in.input.Len() == 0 && len(w.peeked) == 0 && !isWhole(in.raw.Bytes()) {
+	for in.input.Len() == 0 && len(w.chunk) == 0 && !isWhole(in.raw.Bytes()) {
 		in.n, in.err = 0, nil
 		if err := in.rc.Read(in.try); err != nil {
 			return err

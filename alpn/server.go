@@ -66,6 +66,7 @@ type Server struct {
 	metrics *Metrics
 	warned  sample.Sampler
 	intakes intakes
+	turns   turns
 }
 
 // NewServer returns a Server for what is in a table.
@@ -94,6 +95,7 @@ func NewServer(t *Table, creds Credentials, o ServerOptions) (*Server, error) {
 		opts:    o,
 		log:     o.Log.Named("alpn"),
 		metrics: o.Metrics.orNew(),
+		turns:   newTurns(),
 	}, nil
 }
 
@@ -126,7 +128,7 @@ func (s *Server) ServeConn(ctx context.Context, c *sniff.Conn, establish func(la
 		return
 	}
 	raw, peeked := c.Detach()
-	conn, err := s.handshake(ctx, raw, peeked)
+	conn, err := s.apart(ctx, raw, peeked)
 	switch {
 	case ctx.Err() != nil, errors.Is(err, net.ErrClosed), err == nil && !establish(conn.route.Kind.lasting()):
 		pipe.Abort(raw) // given up on this side, and no fault of the peer's
@@ -189,13 +191,28 @@ func (s *Server) judge(c *sniff.Conn) (reason string, description byte, err erro
 	return reasonUnknownALPN, alert.NoApplicationProtocol, fmt.Errorf("client offers %q", hello.Protocols)
 }
 
+// apart makes the handshake in a goroutine of its own. It takes a stack four times
+// what the connection takes from then on, and stacks shrink late.
+func (s *Server) apart(ctx context.Context, raw net.Conn, peeked []byte) (conn *Conn, err error) {
+	done := make(chan any)
+	go func() {
+		defer func() { done <- recover() }()
+		conn, err = s.handshake(ctx, raw, peeked)
+	}()
+	if p := <-done; p != nil {
+		panic(p) // here it is kept from other connections
+	}
+	return conn, err
+}
+
 func (s *Server) handshake(ctx context.Context, raw net.Conn, peeked []byte) (*Conn, error) {
 	if err := raw.SetDeadline(time.Now().Add(s.opts.HandshakeTimeout)); err != nil {
 		return nil, fmt.Errorf("set handshake deadline: %w", err)
 	}
-	w := &wire{raw: raw, peeked: peeked, metrics: s.metrics}
+	w := newWire(raw, peeked, s.metrics)
+	w.turns = s.turns
 	t := tls.Server(w, s.config)
-	if err := t.HandshakeContext(ctx); err != nil {
+	if err := w.inTurn(func() error { return t.HandshakeContext(ctx) }); err != nil {
 		return nil, err
 	}
 	route, err := s.table.negotiated(t)
