@@ -95,6 +95,12 @@ func (b *bench) prepare(ctx context.Context, culvert string) error {
 	return b.readCertificates()
 }
 
+// newStorm is a bench that has nothing but the certificates of another.
+func newStorm(dir string) (*bench, error) {
+	b := &bench{dir: dir}
+	return b, b.readCertificates()
+}
+
 func (b *bench) readCertificates() error {
 	const alice, bob = "dc1-server-consul-alice", "dc2-server-consul-bob"
 	pem := make(map[string]string)

@@ -36,8 +36,12 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	culvert := flags.String("culvert", "bin/culvert", "culvert's `PROGRAM`")
 	rounds := flags.Int("rounds", 5, "measure each row `N` times")
 	only := flags.String("topic", "", "measure these `TOPICS` alone, comma-separated: "+strings.Join(names(), ", "))
+	stormOn := flags.String("storm", "", "used by the program itself: make handshakes with `ADDRESS` until the input ends")
 	if err := flags.Parse(args); err != nil {
 		return 2
+	}
+	if *stormOn != "" {
+		return report(errOut, storm(ctx, *stormOn, flags.Arg(0), os.Stdin, out))
 	}
 	wanted := names()
 	if *only != "" {

@@ -4,7 +4,7 @@ import "context"
 
 // names are the topics, in the order in which they are measured.
 func names() []string {
-	return []string{"gateway-bulk", "gateway-short", "gateway-short-tls", "gateway-idle", "sidecar-handshakes", "sidecar-bulk", "sidecar-idle"}
+	return []string{"gateway-bulk", "gateway-short", "gateway-short-tls", "gateway-idle", "sidecar-handshakes", "sidecar-bulk", "sidecar-idle", "storm"}
 }
 
 func topics() map[string]func(ctx context.Context, b *bench) (*topic, error) {
@@ -16,5 +16,6 @@ func topics() map[string]func(ctx context.Context, b *bench) (*topic, error) {
 		"sidecar-handshakes": sidecarHandshakesTopic,
 		"sidecar-bulk":       sidecarBulkTopic,
 		"sidecar-idle":       sidecarIdleTopic,
+		"storm":              stormTopic,
 	}
 }

@@ -6,6 +6,18 @@ service "bench" {
   port  = {{.Port}}
   local = "{{.Local}}"
 }
+{{- if .Packets}}
+service "pings" {
+  kind  = "packet"
+  port  = {{.Port}}
+  local = "{{.Packets}}"
+}
+peer "bob" {
+  datacenter = "dc2"
+  advertise  = "{{.Peer}}"
+  address    = "{{.Listen}}"
+}
+{{- end}}
 listen { address = "{{.Listen}}" }
 tls {
   ca_file   = "ca.pem"
