@@ -19,6 +19,12 @@ func rawWrite(fd int, b []byte) (int, syscall.Errno) {
 	return int(n), errno
 }
 
+// rawSplice moves up to n bytes, one of from and to being a pipe.
+func rawSplice(from, to, n int) (int, syscall.Errno) {
+	moved, _, errno := syscall.RawSyscall6(syscall.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n), spliceFlags)
+	return int(moved), errno
+}
+
 func rawShutdown(fd, how int) syscall.Errno {
 	_, _, errno := syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(fd), uintptr(how), 0)
 	return errno

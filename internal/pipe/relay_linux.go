@@ -219,9 +219,7 @@ func (w *way) drainOnce(to int) (int, syscall.Errno) {
 	if w.held == 0 {
 		return rawWrite(to, w.rest)
 	}
-	n, err := unix.Splice(w.pipe.r, nil, to, nil, w.held, spliceFlags)
-	errno, _ := err.(syscall.Errno) //nolint:errorlint // it is nothing else, and 0 where there is none
-	return int(n), errno
+	return rawSplice(w.pipe.r, to, w.held)
 }
 
 func (w *way) handed(n int) {
@@ -240,16 +238,16 @@ func (r *relay) fill(side int) bool {
 		return r.copy(side)
 	}
 	for {
-		n, err := unix.Splice(r.ends[side].fd, nil, w.pipe.w, nil, w.pipe.size, spliceFlags)
+		n, errno := rawSplice(r.ends[side].fd, w.pipe.w, w.pipe.size)
 		switch {
-		case err == syscall.EINTR: //nolint:errorlint // errnos are never wrapped here
+		case errno == syscall.EINTR:
 			continue
-		case err == nil && n > 0:
-			w.held = int(n)
+		case errno == 0 && n > 0:
+			w.held = n
 			return true
 		}
 		w.release()
-		return r.read(side, int(n), err)
+		return r.read(side, errno)
 	}
 }
 
@@ -262,9 +260,9 @@ func (r *relay) copy(side int) bool {
 	case errno == syscall.EINTR:
 		return true
 	case errno != 0:
-		return r.read(side, 0, errno)
+		return r.read(side, errno)
 	case n == 0:
-		return r.read(side, 0, nil)
+		return r.read(side, 0)
 	}
 	w.bulk = n == len(buf)
 	k, errno := rawWrite(r.ends[1-side].fd, buf[:n])
@@ -284,13 +282,13 @@ func (r *relay) copy(side int) bool {
 }
 
 // read takes a read that brought nothing: there is nothing now, or it is the end.
-func (r *relay) read(side, n int, err error) bool {
-	switch {
-	case err == syscall.EAGAIN: //nolint:errorlint // errnos are never wrapped here
-	case err != nil:
-		r.failRead(side, err)
-	case n == 0:
+func (r *relay) read(side int, errno syscall.Errno) bool {
+	switch errno {
+	case syscall.EAGAIN:
+	case 0:
 		r.finish(side)
+	default:
+		r.failRead(side, errno)
 	}
 	return false
 }
