@@ -112,8 +112,7 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 		resolver: resolve.New(resolve.Options{}),
 		dials:    locator.NewMetrics(o.Registry),
 	}
-	lc := net.ListenConfig{Control: sockopt.StreamControl, KeepAlive: -1}
-	ln, err := lc.Listen(context.Background(), "tcp", cfg.Listen.Address)
+	ln, err := pipe.Listen(context.Background(), cfg.Listen.Address, sockopt.StreamSocket)
 	if err != nil {
 		return nil, fmt.Errorf("listen for connections: %w", err)
 	}

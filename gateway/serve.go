@@ -181,18 +181,20 @@ func (p *passage) end(r pipe.Result) {
 
 // tune sets the socket options of a packet connection at both ends. They have those
 // of streams.
-func (g *Gateway) tune(near, far net.Conn) {
-	var errs []error
-	if tcp, ok := near.(*net.TCPConn); ok {
-		errs = append(errs, sockopt.Packet(tcp))
-	}
-	if socket, ok := far.(interface {
-		Control(f func(fd int) error) error
-	}); ok {
-		errs = append(errs, socket.Control(sockopt.PacketSocket))
-	}
-	if err := errors.Join(errs...); err != nil {
-		g.log.Debug("socket options refused", zap.Error(err)) // it works without, only not as well
+func (g *Gateway) tune(ends ...net.Conn) {
+	for _, c := range ends {
+		var err error
+		switch c := c.(type) {
+		case interface {
+			Control(f func(fd int) error) error
+		}:
+			err = c.Control(sockopt.PacketSocket)
+		case *net.TCPConn: // where there are no loops
+			err = sockopt.Packet(c)
+		}
+		if err != nil {
+			g.log.Debug("socket options refused", zap.Error(err)) // it works without, only not as well
+		}
 	}
 }
 

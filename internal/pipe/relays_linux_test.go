@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/nettest"
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/testtcp"
@@ -72,6 +73,102 @@ func TestDialAndJoin(t *testing.T) {
 	}
 	if res := <-result; res.Reset || res.AtoB != int64(len(first)+len(rest)) || res.BtoA != 6 {
 		t.Errorf("result %+v", res)
+	}
+}
+
+// Before they are joined, what is accepted and what is dialled are connections as any.
+func TestSocketsAreConns(t *testing.T) {
+	r := newRelays(t)
+	ln, err := Listen(t.Context(), "127.0.0.1:0", noSetup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
+		if c1, err = r.Dial(t.Context(), ln.Addr().String(), noSetup); err != nil {
+			return nil, nil, nil, err
+		}
+		if c2, err = ln.Accept(); err != nil {
+			return nil, nil, nil, err
+		}
+		if c1.LocalAddr().String() != c2.RemoteAddr().String() || c2.LocalAddr().String() != c1.RemoteAddr().String() {
+			t.Errorf("%v to %v, and %v to %v", c1.LocalAddr(), c1.RemoteAddr(), c2.RemoteAddr(), c2.LocalAddr())
+		}
+		return c1, c2, func() { c1.Close(); c2.Close() }, nil
+	})
+}
+
+// What is dialled, accepted and joined ends as it should, whether it was read from
+// and waited for before or not.
+func TestSocketsAreJoined(t *testing.T) {
+	r := newRelays(t)
+	for _, waited := range []bool{false, true} {
+		front, err := Listen(t.Context(), "127.0.0.1:0", noSetup)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer front.Close()
+		back, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer back.Close()
+		near, err := net.Dial("tcp4", front.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer near.Close()
+		a, err := front.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if waited {
+			time.AfterFunc(20*time.Millisecond, func() { _, _ = near.Write([]byte("first")) })
+			if n, err := a.Read(make([]byte, 10)); n != 5 || err != nil {
+				t.Fatalf("read %d, %v", n, err)
+			}
+		}
+		b, err := r.Dial(t.Context(), back.Addr().String(), noSetup)
+		if err != nil {
+			t.Fatal(err)
+		}
+		far, err := back.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan Result, 1)
+		r.Join(a, b, Options{}, func(res Result) { done <- res })
+		want := randomBytes(3 << 20)
+		go func() {
+			_, _ = near.Write(want)
+			_ = near.(*net.TCPConn).CloseWrite()
+		}()
+		if got, err := io.ReadAll(far); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("waited %v: %d bytes came, %v", waited, len(got), err)
+		}
+		_ = far.Close()
+		if _, err := near.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("waited %v: read at the end: %v", waited, err)
+		}
+		if res := <-done; res.Reset {
+			t.Errorf("waited %v: %+v", waited, res)
+		}
+		for _, c := range []net.Conn{a, b} {
+			if err := c.Close(); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("waited %v: it was not closed: %v", waited, err)
+			}
+		}
+	}
+}
+
+func TestListenerEnds(t *testing.T) {
+	ln, err := Listen(t.Context(), "127.0.0.1:0", noSetup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(20*time.Millisecond, func() { ln.Close() })
+	if c, err := ln.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept of a listener that was closed: %v, %v", c, err)
 	}
 }
 

@@ -22,11 +22,21 @@ func (r *Relays) Close() { r.wg.Wait() }
 
 // Dial connects for Join.
 func (r *Relays) Dial(ctx context.Context, address string, setup func(fd int) error) (net.Conn, error) {
-	d := net.Dialer{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error {
+	d := net.Dialer{KeepAlive: -1, Control: control(setup)}
+	return d.DialContext(ctx, "tcp", address)
+}
+
+// Listen listens for connections that are to be joined.
+func Listen(ctx context.Context, address string, setup func(fd int) error) (net.Listener, error) {
+	lc := net.ListenConfig{KeepAlive: -1, Control: control(setup)}
+	return lc.Listen(ctx, "tcp", address)
+}
+
+func control(setup func(fd int) error) func(_, _ string, c syscall.RawConn) error {
+	return func(_, _ string, c syscall.RawConn) error {
 		var inner error
 		return errors.Join(c.Control(func(fd uintptr) { inner = setup(int(fd)) }), inner)
-	}}
-	return d.DialContext(ctx, "tcp", address)
+	}
 }
 
 // Join is the function [Join], and returns at once. When it is done it calls done.
