@@ -62,6 +62,7 @@ func (s *states) in(dcs ...string) []*member {
 // Servers come, say farewell, and die.
 func TestFederationFollowsServers(t *testing.T) {
 	lab.Require(t)
+	t.Parallel()
 	s := newStates(t, lab.Size{Hosts: 1, Gateways: 1}, lab.Size{Hosts: 1, Gateways: 1}, lab.Size{Hosts: 2, Gateways: 1})
 	s.begin()
 	s.awaitAlive()

@@ -323,8 +323,10 @@ func (s *states) awaitAlive() time.Duration {
 // secondaries are there twenty seconds before the primary.
 func TestFederationFindsItself(t *testing.T) {
 	lab.Require(t)
+	t.Parallel()
 	for seed := range uint64(5) {
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
+			t.Parallel()
 			s := newStates(t, lab.Size{Hosts: 3, Gateways: 2}, lab.Size{Hosts: 3, Gateways: 2}, lab.Size{Hosts: 1, Gateways: 1})
 			type starter struct {
 				dc    string

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -51,8 +52,35 @@ func (h *Host) StartAnother(kind, name, config, admin string) *Daemon {
 func (h *Host) StartDaemon(name, admin, program string, args ...string) *Daemon {
 	h.t.Helper()
 	d := &Daemon{Process: h.Start(name, program, args...), host: h, admin: admin}
-	h.t.Cleanup(d.Stop)
+	h.daemons.add(d)
+	h.t.Cleanup(h.daemons.stop)
 	return d
+}
+
+// daemons are those of one network. They are stopped at once when the test ends: each
+// may drain for seconds.
+type daemons struct {
+	mu  sync.Mutex
+	all []*Daemon
+}
+
+func (ds *daemons) add(d *Daemon) {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	ds.all = append(ds.all, d)
+}
+
+// stop stops all that were added since it was called last.
+func (ds *daemons) stop() {
+	ds.mu.Lock()
+	all := ds.all
+	ds.all = nil
+	ds.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, d := range all {
+		wg.Go(d.Stop)
+	}
+	wg.Wait()
 }
 
 // Configs is where the configurations of all end-to-end tests of this run are

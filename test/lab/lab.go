@@ -90,6 +90,8 @@ type Network struct {
 	t     testing.TB
 	Sites [2]*Site
 	IPv6  bool
+
+	daemons *daemons
 }
 
 // A Site is one datacenter.
@@ -107,6 +109,8 @@ type Host struct {
 	NS   string
 	Addr netip.Addr // on its site's LAN
 	Dir  string     // for files of what runs here
+
+	daemons *daemons // of the network
 }
 
 // prefix begins the names of all namespaces of the lab.
@@ -121,7 +125,7 @@ func TwoSites(t testing.TB, o Options) *Network {
 	t.Helper()
 	sweep()
 	id := fmt.Sprintf("%s-%d-%d", prefix, os.Getpid(), sequence.Add(1))
-	n := &Network{t: t, IPv6: o.IPv6}
+	n := &Network{t: t, IPv6: o.IPv6, daemons: new(daemons)}
 	dir := t.TempDir()
 	for i, hosts := range []int{o.HostsA, o.HostsB} {
 		site := &Site{Name: fmt.Sprintf("dc%d", i+1), WAN: n.wan(i)}
@@ -157,7 +161,7 @@ func (n *Network) bits() string {
 }
 
 func (n *Network) host(id, dir, name string, addr netip.Addr) *Host {
-	h := &Host{t: n.t, Name: name, NS: id + "-" + name, Addr: addr, Dir: filepath.Join(dir, name)}
+	h := &Host{t: n.t, Name: name, NS: id + "-" + name, Addr: addr, Dir: filepath.Join(dir, name), daemons: n.daemons}
 	if err := os.Mkdir(h.Dir, 0o755); err != nil {
 		n.t.Fatal(err)
 	}

@@ -202,21 +202,21 @@ func (h *Host) Run(program string, args ...string) (string, error) {
 }
 
 // Eventually calls f until it returns nil; the test fails with its last error
-// if that takes longer than limit. It returns how long it took.
+// if that takes longer than limit. It returns how long it took. The pauses between
+// calls grow to a tenth of that, as many an f starts a program.
 func Eventually(t testing.TB, limit time.Duration, f func() error) time.Duration {
 	t.Helper()
 	began := time.Now()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
 	for {
 		err := f()
+		took := time.Since(began)
 		if err == nil {
-			return time.Since(began)
+			return took
 		}
-		if time.Since(began) > limit {
+		if took > limit {
 			t.Fatalf("not within %v: %v", limit, err)
 		}
-		<-tick.C
+		Wait(min(max(took/10, 20*time.Millisecond), 200*time.Millisecond))
 	}
 }
 

@@ -47,7 +47,7 @@ var wans atomic.Int64
 func ManySites(t testing.TB, sizes ...Size) *Sites {
 	t.Helper()
 	sweep()
-	n := &Network{t: t}
+	n := &Network{t: t, daemons: new(daemons)}
 	id := fmt.Sprintf("%s-%d-%d", prefix, os.Getpid(), sequence.Add(1))
 	dir := t.TempDir()
 	s := &Sites{t: t, id: id, center: n.host(id, dir, "center", netip.Addr{})}
@@ -117,7 +117,7 @@ func (w *WideSite) AddGateway() *WideGateway {
 
 func (s *Sites) host(name string, addr netip.Addr) *Host {
 	s.t.Helper()
-	h := (&Network{t: s.t}).host(s.id, filepath.Dir(s.center.Dir), name, addr)
+	h := (&Network{t: s.t, daemons: s.center.daemons}).host(s.id, filepath.Dir(s.center.Dir), name, addr)
 	h.quiet(false)
 	ip(s.t, h.NS, "link set lo up")
 	return h
