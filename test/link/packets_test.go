@@ -13,11 +13,17 @@ import (
 	"culvert/test/netlab"
 )
 
-const (
-	settle  = 2 * time.Second // until the stream has found its rate
-	measure = 4 * time.Second
-	linger  = 3 * time.Second // for packets that are late
-)
+const linger = 3 * time.Second // for packets that are late
+
+// lengths are how long a stream goes on before packets are measured beside it, until
+// it has found its rate, and how long they are. In short they are what shows that
+// all of it works.
+func lengths() (settle, measure time.Duration) {
+	if testing.Short() {
+		return 200 * time.Millisecond, time.Second
+	}
+	return 2 * time.Second, 4 * time.Second
+}
 
 // PacketsBesideStream is how long packets take, one way, while a stream to the
 // same peer takes all that the link can carry: through sidecars, and on two
@@ -111,6 +117,7 @@ func (c *contest) round(b *testing.B, near *server, server *responder) {
 			}
 		}
 	})
+	settle, measure := lengths()
 	lab.Wait(settle)
 	server.packets.reset()
 	began, before := time.Now(), server.sunk.Load()

@@ -68,7 +68,11 @@ func BenchmarkFirstByte(b *testing.B) {
 // Stream is one transfer to its end, connection included, against plain TCP.
 func BenchmarkStream(b *testing.B) {
 	require(b)
-	const roundTrip, rate, size = 100 * time.Millisecond, 400e6, 64 << 20
+	const roundTrip, rate = 100 * time.Millisecond, 400e6
+	size := uint64(64 << 20)
+	if testing.Short() {
+		size = 1 << 20
+	}
 	for _, congestion := range congestions {
 		b.Run(congestion, func(b *testing.B) {
 			way := netlab.Way{Delay: roundTrip / 2, Rate: rate, Queue: int(rate / 8 * roundTrip.Seconds())}
@@ -86,7 +90,7 @@ func BenchmarkStream(b *testing.B) {
 					if err != nil {
 						b.Fatalf("%s: %v", address, err)
 					}
-					rates[i] = append(rates[i], size*8/d.Seconds()/1e6)
+					rates[i] = append(rates[i], float64(size)*8/d.Seconds()/1e6)
 				}
 			}
 			w.check()

@@ -450,13 +450,20 @@ func (s *subject) take() {
 	}
 }
 
-// seconds are how long each kind of traffic lasts.
-const seconds = 10
+// lasting is how many seconds each kind of traffic lasts. In short they are what shows
+// that all of it works.
+func lasting() int {
+	if testing.Short() {
+		return 1
+	}
+	return 10
+}
 
 // traffic sends each of the first peers a packet a second, and returns what the sidecar used of one core meanwhile, in percent, and how many
 // packets came back. Without packets it only waits.
 func (s *subject) traffic(warm int, packet string) (share float64, back int64) {
 	s.b.Helper()
+	seconds := lasting()
 	used, began, before := s.processor(), time.Now(), s.came.Load()
 	sent := 0
 	for packet != "" && sent < warm*seconds {
@@ -562,7 +569,7 @@ func BenchmarkPeers(b *testing.B) {
 				b.ReportMetric(oneWay, "%-packets")
 				answered, back := s.traffic(c.warm, "ask")
 				<-time.After(100 * time.Millisecond)
-				if want := int64(c.warm * seconds); back < want*99/100 {
+				if want := int64(c.warm * lasting()); back < want*99/100 {
 					b.Errorf("%d answers came of %d", back, want)
 				}
 				b.ReportMetric(answered, "%-answered")
