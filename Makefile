@@ -13,6 +13,8 @@ INPUTS      := config:FuzzLoad=2500x certs:FuzzParseName=6000x packet:FuzzReader
 FUZZTIME    ?=
 HANG        ?= 5m
 BENCHTIME   ?= 1s
+# Packages that have benchmarks: the others would be built and linked for nothing.
+BENCHED      = $$(grep -rlE --include='*_test.go' --exclude-dir=wanfed '^func Benchmark' . | xargs dirname | sort -u)
 # Benchmarks that take minutes each.
 MANY        := Peers/(500|1000)
 ROUNDS      ?= 5
@@ -138,12 +140,16 @@ fuzz: ## Each fuzz target with FUZZTIME inputs (a count as 20000x; by default wh
 # thousand peers take minutes, where ten are done in seconds.
 .PHONY: bench-once
 bench-once: e2e-tools
-	@$(GO) test -short -run '^$$' -bench . -skip '$(MANY)' -benchtime 1x -timeout 10m ./... >$(CACHE)/bench-once.txt || { cat $(CACHE)/bench-once.txt; exit 1; }
+	@$(GO) test -short -run '^$$' -bench . -skip '$(MANY)' -benchtime 1x -timeout 10m $(BENCHED) >$(CACHE)/bench-once.txt || { cat $(CACHE)/bench-once.txt; exit 1; }
 	@echo "benchmarks: $$(grep -c '^Benchmark' $(CACHE)/bench-once.txt) run once"
 
 .PHONY: bench
-bench: build ## Benchmarks of the hot paths (BENCHTIME=1s)
-	@$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...
+bench: build e2e-tools ## Benchmarks, a table a topic (BENCHTIME=1s; not those that take long: bench-scale, bench-serf)
+	@$(GO) test -run '^$$' -bench . -skip '$(MANY)' -benchmem -benchtime $(BENCHTIME) $(BENCHED) | $(GO) run ./test/tables
+
+.PHONY: bench-scale
+bench-scale: build ## One sidecar with up to 5,000 peers, and a store that 3,000 processes follow (five minutes)
+	@$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m ./test/scale | $(GO) run ./test/tables
 
 # Part of `make bench` too, where each has a single round.
 .PHONY: bench-link
