@@ -44,10 +44,11 @@ demo: build serf $(if $(FEDERATION),e2e-tools) ## Two datacenters on loopback (F
 	@$(GO) run ./test/demo --culvert $(BIN)/culvert --serf $(CACHE)/bin/serf $(if $(FEDERATION),--federation) $(if $(BREAK),--break $(BREAK)) $(if $(STAY),--stay)
 
 # The end-to-end tests wait for most of their time, each in a network of its own:
-# five at once leave more than half of two cores idle.
+# five at once leave more than half of two cores idle. Of the others the longest
+# is begun first.
 .PHONY: test
 test: e2e-tools serf race-note root-note ## Every test, end-to-end tests included (root and iproute2; CULVERT_E2E=require fails where they are missing)
-	@$(GO) test $(RACE) -shuffle=on -timeout 10m $(RUNFLAGS) $$($(GO) list ./... | grep -vE '^culvert/test(/interop)?$$')
+	@$(GO) test $(RACE) -shuffle=on -timeout 10m $(RUNFLAGS) ./federation/store $$($(GO) list ./... | grep -vE '^culvert/test(/interop)?$$')
 	@$(if $(RACE),$(GO) test -count=1 -run AllocatesNothing ./alpn ./sidecar)
 	@$(GO) test -run TestMemberMoves ./federation/store # which skips under the race detector, and says why
 	@mkdir -p $(CACHE) && rm -f $(SUMMARY)
@@ -148,7 +149,7 @@ bench: build e2e-tools ## Benchmarks, a table a topic (BENCHTIME=1s; not those t
 	@$(GO) test -run '^$$' -bench . -skip '$(MANY)' -benchmem -benchtime $(BENCHTIME) $(BENCHED) | $(GO) run ./test/tables
 
 .PHONY: bench-scale
-bench-scale: build ## One sidecar with up to 5,000 peers, and a store that 3,000 processes follow (five minutes)
+bench-scale: build ## One sidecar with up to 5,000 peers, and a store that 3,000 processes follow (minutes)
 	@$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m ./test/scale | $(GO) run ./test/tables
 
 # Part of `make bench` too, where each has a single round.

@@ -83,7 +83,7 @@ func sane(t *testing.T, s *State) {
 // What a reader makes of changes, however often it asks and of whichever store,
 // is what the store has.
 func TestReadersSeeTheSame(t *testing.T) {
-	for seed := range uint64(20) {
+	for seed := range uint64(8) {
 		r := newScript(seed)
 		leader := do(t, New(), Command{Found: "one"})
 		readers := make([]*State, 4)

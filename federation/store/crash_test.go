@@ -16,20 +16,20 @@ func TestKilledLeaders(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		ns := w.three()
 		for _, n := range ns {
-			n.o.snapshotEvery = 300
+			n.o.snapshotEvery = 180
 			n.stop()
 			n.start()
 		}
 		leader(t, ns...)
 		s := newStream(t, ns)
 		for kill := range 5 {
-			s.waitFor(250 * (kill + 1))
+			s.waitFor(150 * (kill + 1))
 			first := leader(t, ns...)
 			first.kill()
 			sleep(time.Duration(kill) * time.Second)
 			first.start()
 		}
-		s.waitFor(1500)
+		s.waitFor(900)
 		for _, n := range ns {
 			n.kill()
 		}
@@ -40,7 +40,7 @@ func TestKilledLeaders(t *testing.T) {
 		leader(t, ns...)
 		eventually(t, 20*time.Second, "all have the same", func() bool { return same(ns...) })
 		acked := s.acknowledged()
-		if len(acked) < 1000 {
+		if len(acked) < 900 {
 			t.Fatalf("%d were acknowledged", len(acked))
 		}
 		lost := 0
