@@ -29,17 +29,15 @@ type batch struct {
 	names    [batchSize][unix.SizeofSockaddrInet6]byte // large enough for IPv4's
 	controls [batchSize][controlSize]byte
 	buffers  [batchSize][]byte
+	control  bool // there is room for control messages
+	used     int  // headers that the kernel has written to
 }
 
-// batches are shared by sockets: one has a batch while there is something in it.
-type batches struct{ list free.List[batch] }
-
-func (p *batches) get() *batch {
-	b := p.list.Get()
-	if b.buffers[0] != nil {
-		return b
-	}
+// init makes room in a batch that has none, with room for control messages if the
+// sockets tell which addresses datagrams were for.
+func (b *batch) init(control bool) {
 	memory := make([]byte, batchSize*maxDatagram) // what no datagram needs is never touched
+	b.control, b.used = control, batchSize
 	for i := range b.headers {
 		b.buffers[i] = memory[i*maxDatagram : (i+1)*maxDatagram]
 		b.iovecs[i].Base = &b.buffers[i][0]
@@ -48,13 +46,54 @@ func (p *batches) get() *batch {
 		h.Iov = &b.iovecs[i]
 		h.SetIovlen(1)
 		h.Name = &b.names[i][0]
+		if control {
+			h.Control = &b.controls[i][0]
+		}
+	}
+}
+
+// receive reads what waits at a socket and returns how many datagrams that was, 0 if
+// none does. Fewer than batchSize were all.
+func (b *batch) receive(fd uintptr) (int, error) {
+	for i := range b.headers[:b.used] {
+		h := &b.headers[i]
+		h.Namelen = unix.SizeofSockaddrInet6
+		if b.control {
+			h.SetControllen(controlSize)
+		}
+	}
+	b.used = 0
+	for {
+		n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.headers[0])), //nolint:gosec // as rule 4 of package unsafe has it
+			batchSize, unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0:
+			b.used = int(n)
+			return b.used, nil
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return 0, nil
+		}
+		b.used = 1 // as far as is known
+		return 0, os.NewSyscallError("recvmmsg", errno)
+	}
+}
+
+// batches are shared by inlets: one has a batch while there is something in it.
+type batches struct{ list free.List[batch] }
+
+func (p *batches) get() *batch {
+	b := p.list.Get()
+	if b.buffers[0] == nil {
+		b.init(true)
 	}
 	return b
 }
 
 // An inlet reads datagrams with recvmmsg(2), several with one call to the kernel
-// when they come faster than they are read. It allocates nothing in the long run,
-// and is for one goroutine.
+// when they come faster than they are read, each with the address that it was for. It
+// allocates nothing in the long run, and is for one goroutine.
 //
 // Its calls and an outlet's do not wait, and Go's scheduler is not told of them: that
 // would wake its monitor thread, which sleeps while nothing goes on, and cost more
@@ -62,7 +101,6 @@ func (p *batches) get() *batch {
 type inlet struct {
 	conn    syscall.RawConn
 	batches *batches
-	control bool                  // the socket tells which address a datagram was for
 	read    func(fd uintptr) bool // tryRead, bound once
 
 	*batch // of the last datagrams, nil while it waits
@@ -70,12 +108,12 @@ type inlet struct {
 	err    error
 }
 
-func newInlet(c *net.UDPConn, p *batches, control bool) (*inlet, error) {
+func newInlet(c *net.UDPConn, p *batches) (*inlet, error) {
 	conn, err := c.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
-	in := &inlet{conn: conn, batches: p, control: control}
+	in := &inlet{conn: conn, batches: p}
 	in.read = in.tryRead
 	return in, nil
 }
@@ -93,33 +131,13 @@ func (in *inlet) tryRead(fd uintptr) bool {
 	if in.batch == nil {
 		in.batch = in.batches.get()
 	}
-	for i := range in.headers {
-		h := &in.headers[i]
-		h.Namelen = unix.SizeofSockaddrInet6
-		h.Control = nil
-		h.SetControllen(0)
-		if in.control {
-			h.Control = &in.controls[i][0]
-			h.SetControllen(controlSize)
-		}
+	in.n, in.err = in.receive(fd)
+	if in.n == 0 && in.err == nil {
+		in.batches.list.Put(in.batch)
+		in.batch = nil
+		return false
 	}
-	for {
-		n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&in.headers[0])), //nolint:gosec // as rule 4 of package unsafe has it
-			batchSize, unix.MSG_DONTWAIT, 0, 0)
-		switch errno {
-		case 0:
-			in.n, in.err = int(n), nil
-			return true
-		case unix.EINTR:
-			continue
-		case unix.EAGAIN:
-			in.batches.list.Put(in.batch)
-			in.batch = nil
-			return false
-		}
-		in.n, in.err = 0, os.NewSyscallError("recvmmsg", errno)
-		return true
-	}
+	return true
 }
 
 // at returns a datagram, where it came from and which address it was for, the
@@ -142,34 +160,22 @@ func (b *batch) at(i int) (payload []byte, from netip.AddrPort, to netip.Addr) {
 type outlet struct {
 	headers [batchSize]mmsghdr
 	iovecs  [batchSize]unix.Iovec
-	send    func(fd uintptr) bool // trySend, bound once
-
-	n, sent int
-	err     error
 }
 
 // outlets are shared by sockets.
 type outlets struct{ list free.List[outlet] }
 
-func (p *outlets) get() *outlet {
-	o := p.list.Get()
-	if o.send == nil {
-		o.send = o.trySend
-	}
-	return o
-}
-
-func (p *outlets) put(o *outlet) {
-	clear(o.iovecs[:]) // what they refer to is others'
-	clear(o.headers[:])
+func (p *outlets) put(o *outlet, used int) {
+	clear(o.iovecs[:used]) // what they refer to is others'
+	clear(o.headers[:used])
 	p.list.Put(o)
 }
 
 // load takes as many datagrams as there is room for, to an address and, unless
-// control is nil, from the one that it names.
-func (o *outlet) load(payloads [][]byte, to, control []byte) {
-	o.n, o.sent, o.err = min(len(payloads), batchSize), 0, nil
-	for i, p := range payloads[:o.n] {
+// control is nil, from the one that it names. It returns how many.
+func (o *outlet) load(payloads [][]byte, to, control []byte) int {
+	n := min(len(payloads), batchSize)
+	for i, p := range payloads[:n] {
 		o.iovecs[i] = unix.Iovec{Base: unsafe.SliceData(p)} //nolint:gosec // its length follows
 		o.iovecs[i].SetLen(len(p))
 		h := &o.headers[i]
@@ -181,21 +187,22 @@ func (o *outlet) load(payloads [][]byte, to, control []byte) {
 			h.SetControllen(len(control))
 		}
 	}
+	return n
 }
 
-// trySend sends what is loaded, as far as the first that is refused.
-func (o *outlet) trySend(fd uintptr) bool {
-	for o.sent < o.n {
-		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&o.headers[o.sent])), //nolint:gosec // as rule 4 of package unsafe has it
-			uintptr(o.n-o.sent), unix.MSG_DONTWAIT, 0, 0)
+// send sends the first n that are loaded, as far as the first that is refused, and
+// returns how many were sent. It does not wait.
+func (o *outlet) send(fd uintptr, n int) (sent int, err error) {
+	for sent < n {
+		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&o.headers[sent])), //nolint:gosec // as rule 4 of package unsafe has it
+			uintptr(n-sent), unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
-			o.sent += int(n)
+			sent += int(n)
 		case unix.EINTR:
 		default:
-			o.err = os.NewSyscallError("sendmmsg", errno)
-			return true
+			return sent, os.NewSyscallError("sendmmsg", errno)
 		}
 	}
-	return true // never wait
+	return sent, nil
 }

@@ -73,7 +73,7 @@ type Bind struct {
 	closed    bool
 
 	routes  atomic.Pointer[routes]
-	batches batches
+	loop    *loop // reads the packet endpoints
 	outlets outlets
 }
 
@@ -117,7 +117,12 @@ func NewBind(peers []catalog.Peer, o BindOptions) (*Bind, error) {
 		hairpins:  connset.New(),
 		endpoints: make(map[endpointKey]*endpoint),
 	}
+	var err error
+	if b.loop, err = newLoop(b.servePackets); err != nil {
+		return nil, err
+	}
 	if err := b.Set(peers); err != nil {
+		b.loop.close()
 		return nil, err
 	}
 	return b, nil
@@ -163,7 +168,7 @@ func (b *Bind) Set(peers []catalog.Peer) error {
 			e.owner.Store(&w.owner)
 			continue
 		}
-		e.close()
+		e.close(b.loop)
 		delete(b.endpoints, key)
 	}
 	for _, e := range opened {
@@ -181,7 +186,7 @@ func (b *Bind) openMissing(wanted map[endpointKey]want) (opened []*endpoint, err
 		if b.endpoints[key] != nil {
 			continue
 		}
-		e, err := openEndpoint(key, w.service, w.owner, &b.batches)
+		e, err := openEndpoint(key, w.service, w.owner, b.loop)
 		if err != nil && w.owner == b.o.Self && errors.Is(err, syscall.EADDRINUSE) {
 			b.log.Info("the server has its advertised address itself: no hairpin needed",
 				zap.Stringer("address", key.addr), zap.String("service", w.service.Name))
@@ -200,19 +205,19 @@ func (b *Bind) openMissing(wanted map[endpointKey]want) (opened []*endpoint, err
 		return opened, nil
 	}
 	for _, e := range opened {
-		e.close()
+		e.close(b.loop)
 	}
 	return nil, errors.Join(faults...)
 }
 
-// start runs an endpoint's loop, once Run has been called. Called with mu held.
+// start begins to take what comes to an endpoint, once Run has been called. Called with mu held.
 func (b *Bind) start(e *endpoint) {
 	if b.ctx == nil {
 		return
 	}
 	ctx := b.ctx
 	if e.udp != nil {
-		b.wg.Go(func() { b.servePackets(ctx, e) })
+		b.loop.start(e)
 		return
 	}
 	b.wg.Go(func() {
@@ -245,18 +250,9 @@ func (b *Bind) Deliver(from catalog.Key, service string, packets [][]byte) (n in
 	if e == nil {
 		return 0, ErrNoEndpoint
 	}
-	o := b.outlets.get()
-	defer b.outlets.put(o)
-	for n < len(packets) {
-		o.load(packets[n:], e.server, nil)
-		err := e.raw.Write(o.send)
-		n += o.sent
-		if err == nil {
-			err = o.err
-		}
-		if err != nil {
-			return n, fmt.Errorf("write packet to the server: %w", err)
-		}
+	n, err = e.udp.send(&b.outlets, packets, nil, e.server)
+	if err != nil {
+		return n, fmt.Errorf("write packet to the server: %w", err)
 	}
 	return n, nil
 }
@@ -279,6 +275,7 @@ func (b *Bind) Run(ctx context.Context) error {
 		return errors.New("capture: run again or after Close")
 	}
 	b.ctx = ctx
+	b.wg.Go(b.loop.run)
 	for _, e := range b.endpoints {
 		b.start(e)
 	}
@@ -302,9 +299,10 @@ func (b *Bind) Close() {
 	defer b.mu.Unlock()
 	b.closed = true
 	for _, e := range b.endpoints {
-		e.close()
+		e.close(b.loop)
 	}
 	clear(b.endpoints)
+	b.loop.close()
 	b.o.Metrics.setEndpoints(0)
 }
 

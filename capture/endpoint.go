@@ -2,18 +2,15 @@ package capture
 
 import (
 	"context"
-	"errors"
 	"net"
 	"net/netip"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"go.uber.org/zap"
 
 	"culvert/catalog"
 	"culvert/internal/iproute"
-	"culvert/internal/pause"
 	"culvert/internal/pipe"
 )
 
@@ -32,14 +29,12 @@ type endpoint struct {
 	key     endpointKey
 	service Service
 	owner   atomic.Pointer[catalog.Key]
-	udp     *net.UDPConn    // one of udp and tcp is set
-	inlet   *inlet          // reads udp
-	raw     syscall.RawConn // writes to udp
-	server  []byte          // where the server listens, as a sockaddr
+	udp     *socket // one of udp and tcp is set
+	server  []byte  // where the server listens, as a sockaddr
 	tcp     *net.TCPListener
 }
 
-func openEndpoint(key endpointKey, s Service, owner catalog.Key, p *batches) (*endpoint, error) {
+func openEndpoint(key endpointKey, s Service, owner catalog.Key, l *loop) (*endpoint, error) {
 	if key.addr.Addr().Is6() {
 		if err := iproute.Local(key.addr.Addr()); err != nil {
 			return nil, err
@@ -49,7 +44,7 @@ func openEndpoint(key endpointKey, s Service, owner catalog.Key, p *batches) (*e
 	e.owner.Store(&owner)
 	var err error
 	if key.packet {
-		err = e.openPacket(p)
+		err = e.openPacket(l)
 	} else {
 		e.tcp, err = listenStream(key.addr)
 	}
@@ -59,60 +54,50 @@ func openEndpoint(key endpointKey, s Service, owner catalog.Key, p *batches) (*e
 	return e, nil
 }
 
-func (e *endpoint) openPacket(p *batches) (err error) {
+func (e *endpoint) openPacket(l *loop) (err error) {
 	e.udp, err = listenPacket(e.key.addr)
 	if err != nil {
 		return err
 	}
 	e.server = sockaddr(e.service.Local)
-	e.raw, err = e.udp.SyscallConn()
-	if err == nil {
-		e.inlet, err = newInlet(e.udp, p, false)
+	if err := l.add(e); err != nil {
+		e.udp.close()
+		return err
 	}
-	if err != nil {
-		_ = e.udp.Close()
-	}
-	return err
+	return nil
 }
 
-func (e *endpoint) close() {
+func (e *endpoint) close(l *loop) {
 	if e.udp != nil {
-		_ = e.udp.Close()
+		l.remove(e)
+		e.udp.close()
 		return
 	}
 	_ = e.tcp.Close()
 }
 
-// servePackets reads what the local server sends to the endpoint's owner until
-// the socket is closed.
-func (b *Bind) servePackets(ctx context.Context, e *endpoint) {
-	for {
-		n, err := e.inlet.next()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil {
-			// The error of a datagram sent earlier, as a rule: the socket lives.
-			if !pause.For(ctx, shortestBackoff) {
-				return
-			}
-			continue
-		}
-		to, out := *e.owner.Load(), handing{Handler: b.o.Handler, service: e.service.Name}
-		for i := range n {
-			payload, from, _ := e.inlet.at(i)
-			switch {
-			case from.Addr() != b.o.Server:
-				b.wrongSource(e, from.Addr())
-			case to == b.o.Self:
-				b.o.Metrics.countHairpin(true)
-				_, _ = e.udp.WriteToUDPAddrPort(payload, e.service.Local) // lost like any datagram
-			default:
-				out.packet(to, payload)
-			}
-		}
-		out.flush()
+// servePackets reads what the local server has sent to the endpoint's owner, as a
+// [loop] asks for it.
+func (b *Bind) servePackets(e *endpoint, room *batch) (int, error) {
+	n, err := e.udp.receive(room)
+	if n == 0 {
+		return 0, err
 	}
+	to, out := *e.owner.Load(), handing{Handler: b.o.Handler, service: e.service.Name}
+	for i := range n {
+		payload, from, _ := room.at(i)
+		switch {
+		case from.Addr() != b.o.Server:
+			b.wrongSource(e, from.Addr())
+		case to == b.o.Self:
+			b.o.Metrics.countHairpin(true)
+			_, _ = e.udp.send(&b.outlets, [][]byte{payload}, nil, e.server) // lost like any datagram
+		default:
+			out.packet(to, payload)
+		}
+	}
+	out.flush()
+	return n, nil
 }
 
 func (b *Bind) wrongSource(e *endpoint, from netip.Addr) {

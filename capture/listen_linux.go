@@ -14,21 +14,6 @@ import (
 // for a burst of gossip while the process is not scheduled.
 const udpBuffer = 1 << 20
 
-func listenPacket(at netip.AddrPort) (*net.UDPConn, error) {
-	return listenPacketBy(&net.ListenConfig{Control: freebind}, at)
-}
-
-func listenPacketBy(lc *net.ListenConfig, at netip.AddrPort) (*net.UDPConn, error) {
-	pc, err := lc.ListenPacket(context.Background(), "udp"+family(at.Addr()), at.String())
-	if err != nil {
-		return nil, systemError(err)
-	}
-	c := pc.(*net.UDPConn) //nolint:errcheck // "udp4" and "udp6" give nothing else
-	_ = c.SetReadBuffer(udpBuffer)
-	_ = c.SetWriteBuffer(udpBuffer) // both best effort: the kernel has its own maximum
-	return c, nil
-}
-
 func listenStream(at netip.AddrPort) (*net.TCPListener, error) {
 	return listenStreamBy(&net.ListenConfig{Control: freebind}, at)
 }
@@ -79,11 +64,14 @@ func listenPacketAny(at netip.AddrPort, p *batches) (*net.UDPConn, *inlet, error
 			return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
 		}))
 	}}
-	c, err := listenPacketBy(&lc, at)
+	pc, err := lc.ListenPacket(context.Background(), "udp"+family(at.Addr()), at.String())
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, systemError(err)
 	}
-	in, err := newInlet(c, p, true)
+	c := pc.(*net.UDPConn) //nolint:errcheck // "udp4" and "udp6" give nothing else
+	_ = c.SetReadBuffer(udpBuffer)
+	_ = c.SetWriteBuffer(udpBuffer) // both best effort: the kernel has its own maximum
+	in, err := newInlet(c, p)
 	if err != nil {
 		_ = c.Close()
 		return nil, nil, err

@@ -1,12 +1,8 @@
 package capture
 
 import (
-	"encoding/binary"
 	"fmt"
-	"net"
-	"net/netip"
 	"os"
-	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -19,10 +15,8 @@ import (
 // it is none of those that the runtime waits for: each packet sent would wake the
 // waiting. It may be used from many goroutines.
 type voice struct {
+	socket
 	port uint16 // that it sends from
-
-	mu sync.RWMutex // held for writing by close alone
-	fd int          // -1 once it is closed
 }
 
 // openVoice opens one on any port but those that are taken, as the server's are
@@ -73,7 +67,7 @@ func newVoice(v6 bool) (_ *voice, err error) {
 	if err != nil {
 		return nil, os.NewSyscallError("getsockname", err)
 	}
-	v := &voice{fd: fd}
+	v := &voice{socket: socket{fd: fd}}
 	switch at := at.(type) {
 	case *unix.SockaddrInet4:
 		v.port = uint16(at.Port) //nolint:gosec // a port
@@ -81,46 +75,4 @@ func newVoice(v6 bool) (_ *voice, err error) {
 		v.port = uint16(at.Port) //nolint:gosec // a port
 	}
 	return v, nil
-}
-
-// send sends packets to an address, from the one that control names, and returns
-// how many were sent before the one that the error is about. It does not block,
-// allocates nothing and does not keep what it is given.
-func (v *voice) send(p *outlets, packets [][]byte, control, to []byte) (n int, err error) {
-	o := p.get()
-	defer p.put(o)
-	v.mu.RLock()
-	defer v.mu.RUnlock()
-	if v.fd < 0 {
-		return 0, net.ErrClosed
-	}
-	for n < len(packets) && err == nil {
-		o.load(packets[n:], to, control)
-		o.trySend(uintptr(v.fd))
-		n, err = n+o.sent, o.err
-	}
-	return n, err
-}
-
-func (v *voice) close() {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.fd >= 0 {
-		_ = unix.Close(v.fd)
-		v.fd = -1
-	}
-}
-
-// sockaddr is an address as the kernel takes it: struct sockaddr_in of ip(7), or
-// sockaddr_in6 of ipv6(7).
-func sockaddr(a netip.AddrPort) []byte {
-	size, family, at := unix.SizeofSockaddrInet4, uint16(unix.AF_INET), 4
-	if a.Addr().Is6() {
-		size, family, at = unix.SizeofSockaddrInet6, unix.AF_INET6, 8
-	}
-	b := make([]byte, size)
-	binary.NativeEndian.PutUint16(b, family)
-	binary.BigEndian.PutUint16(b[2:], a.Port())
-	copy(b[at:], a.Addr().AsSlice())
-	return b
 }

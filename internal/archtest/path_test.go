@@ -106,7 +106,7 @@ func TestReadersPath(t *testing.T) {
 		}
 	}
 	last := function(t, first[len(first)-1])
-	if !calls(last, "Write") {
+	if !calls(last, "send") {
 		t.Errorf("the reader's path ends in %s, which writes no packet", first[len(first)-1].name)
 	}
 }
