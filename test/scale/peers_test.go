@@ -47,7 +47,7 @@ type peerPlan struct {
 	Warm   int    // peers that are there
 	Listen string // of all peers
 	Alice  string // her sidecar
-	Relay  bool   // be a relay instead, see relay
+	Be     string // be something else instead, one of instead
 }
 
 // peerName is of a peer. Those with even numbers are lower than alice, who is in
@@ -70,8 +70,8 @@ func TestPeers(t *testing.T) {
 	if err := json.Unmarshal([]byte(text), &plan); err != nil {
 		t.Fatal(err)
 	}
-	if plan.Relay {
-		relay(t, plan.Warm)
+	if plan.Be != "" {
+		instead[plan.Be](t, plan)
 		return
 	}
 	ca := testpki.New(t, "consul")
@@ -80,49 +80,6 @@ func TestPeers(t *testing.T) {
 	fmt.Println("ready") //nolint:forbidigo // to who has started this
 	_, _ = io.Copy(io.Discard, os.Stdin)
 	p.stop()
-}
-
-// relay is the least that something between a server and its peers can do: it has a
-// socket for each peer, and sends what comes there on to another, by UDP, by the
-// means of package net. What it costs is what this host's kernel, and Go, want for
-// so many packets, one at a time, in any case.
-func relay(t *testing.T, count int) {
-	t.Helper()
-	sink, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP("127.212.255.1")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	to := sink.LocalAddr().(*net.UDPAddr).AddrPort() //nolint:forcetypeassert // of UDP
-	var wg sync.WaitGroup
-	var sockets []*net.UDPConn
-	for i := range count {
-		c, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(relayAddr(i), gossipPort)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		sockets = append(sockets, c)
-		wg.Go(func() {
-			buf := make([]byte, 2048)
-			for {
-				n, _, err := c.ReadFromUDPAddrPort(buf)
-				if err != nil {
-					return
-				}
-				_, _ = c.WriteToUDPAddrPort(buf[:n], to) // lost like any packet
-			}
-		})
-	}
-	fmt.Println("ready") //nolint:forbidigo // to who has started this
-	_, _ = io.Copy(io.Discard, os.Stdin)
-	_ = sink.Close()
-	for _, c := range sockets {
-		_ = c.Close()
-	}
-	wg.Wait()
-}
-
-func relayAddr(i int) netip.Addr {
-	return netip.AddrFrom4([4]byte{127, 212, byte(i / 250), byte(i%250 + 1)})
 }
 
 // peers are all of them.
@@ -286,18 +243,6 @@ func startPeers(b *testing.B, configured, warm int) *subject {
 	_ = s.udp.SetReadBuffer(4 << 20)
 	go s.take()
 	s.start(plan, configured)
-	return s
-}
-
-// startRelay starts a relay in a process of its own, as a subject for traffic.
-func startRelay(b *testing.B, count int) *subject {
-	b.Helper()
-	s := &subject{b: b, peerAddr: relayAddr, pid: startOthers(b, peerPlan{Relay: true, Warm: count})}
-	var err error
-	if s.udp, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP("127.212.255.2")}); err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { _ = s.udp.Close() })
 	return s
 }
 
@@ -573,9 +518,11 @@ func BenchmarkPeers(b *testing.B) {
 					b.Errorf("%d answers came of %d", back, want)
 				}
 				b.ReportMetric(answered, "%-answered")
-				bare, _ := startRelay(b, c.warm).traffic(c.warm, "packet")
-				b.ReportMetric(bare, "%-relay")
-				b.ReportMetric(oneWay/bare, "packets/relay")
+				for _, what := range []string{"relay", "least"} {
+					bare, _ := startRelay(b, what, c.warm).traffic(c.warm, "packet")
+					b.ReportMetric(bare, "%-"+what)
+					b.ReportMetric(oneWay/bare, "packets/"+what)
+				}
 				b.ReportMetric(s.memory(), "MiB-PSS-after")
 				if n := s.up(); n != c.warm {
 					b.Errorf("%d of %d peers are up", n, c.warm)
