@@ -3,6 +3,8 @@ package pipe
 import (
 	"syscall"
 	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // Calls that cannot block go to the kernel without telling the scheduler, which
@@ -33,4 +35,11 @@ func rawShutdown(fd, how int) syscall.Errno {
 func rawClose(fd int) syscall.Errno {
 	_, _, errno := syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0)
 	return errno
+}
+
+// rawEpollWait waits for events at most as long as limit says.
+func rawEpollWait(fd int, events []unix.EpollEvent, limit *unix.Timespec) (int, syscall.Errno) {
+	n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT2, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(events))), //nolint:gosec // as above
+		uintptr(len(events)), uintptr(unsafe.Pointer(limit)), 0, 0) //nolint:gosec // as above
+	return int(n), errno
 }

@@ -11,9 +11,6 @@ import (
 )
 
 const (
-	// turn is how often a direction is filled and drained before others have
-	// their turn.
-	turn = 8
 	// worthAPipe is how many bytes must have come at once for the next to be
 	// moved through a pipe. A few are copied sooner than it is fetched.
 	worthAPipe = bufferSize
@@ -71,7 +68,8 @@ type way struct {
 	pipe *kernelPipe // held only while bytes move
 	held int         // bytes in it
 	rest []byte      // copied and not handed on; where there is no pipe
-	bulk bool        // the last turn's bytes were worth a pipe
+	bulk bool        // the last bytes to come were worth a pipe
+	next bool        // has another turn after everybody else's
 
 	ended bool // nothing more is handed on
 }
@@ -145,12 +143,20 @@ func (r *relay) serve(side int, events uint32) {
 	r.leave()
 }
 
-// proceed goes on with what had its turn. In the loop's goroutine.
-func (r *relay) proceed() {
+// proceed goes on with a side that had its turn. In the loop's goroutine.
+func (r *relay) proceed(side int) {
 	r.mu.Lock()
-	r.move(0)
-	r.move(1)
+	r.ways[side].next = false
+	r.move(side)
 	r.leave()
+}
+
+// requeue gives a side another turn. In the loop's goroutine.
+func (r *relay) requeue(side int) {
+	if w := &r.ways[side]; !w.next {
+		w.next = true
+		r.loop.again = append(r.loop.again, turn{r, side})
+	}
 }
 
 // abort is for others than the loop.
@@ -177,17 +183,12 @@ func (r *relay) leave() {
 
 func (w *way) waits() bool { return w.held > 0 || len(w.rest) > 0 }
 
-// move hands on what one side has sent, as far as it goes.
+// move hands on what one side has sent, once. Where there may be more it has another
+// turn after everybody else's: more has come by then for one call to take.
 func (r *relay) move(side int) {
-	w := &r.ways[side]
-	began := w.n
-	for range turn {
-		if w.ended || !r.drain(side) || !r.fill(side) {
-			w.bulk = w.bulk && (w.waits() || w.n-began >= worthAPipe)
-			return
-		}
+	if !r.ways[side].ended && r.drain(side) && r.fill(side) && r.drain(side) {
+		r.requeue(side)
 	}
-	r.loop.requeue(r)
 }
 
 // drain hands on what is held, and reports whether nothing is left.
@@ -243,7 +244,7 @@ func (r *relay) fill(side int) bool {
 		case errno == syscall.EINTR:
 			continue
 		case errno == 0 && n > 0:
-			w.held = n
+			w.held, w.bulk, r.loop.bulk = n, n >= worthAPipe, true
 			return true
 		}
 		w.release()
@@ -369,7 +370,7 @@ func (r *relay) fail(err error, alive int, owing bool) {
 	if owing {
 		owed = make(chan struct{})
 		r.owed = owed
-		r.loop.requeue(r)
+		r.requeue(1 - alive)
 	}
 	r.relays.wg.Go(func() { r.wind(alive, owed) })
 }
