@@ -269,6 +269,9 @@ func (w *world) startEnds(first int) (ends [2]*remoteEnd) {
 			Other: w.at(other, 11, rpcPort), OtherNode: fmt.Sprintf("node%d.dc%d", other, other), OtherUDP: w.at(other, 11, 9000),
 		})
 	}
+	for _, e := range ends {
+		e.ask(request{Do: "reset", By: "udp"}) // which it answers once it listens
+	}
 	return ends
 }
 
