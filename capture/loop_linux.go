@@ -111,11 +111,11 @@ func (l *loop) remove(e *endpoint) {
 	}
 }
 
-// close ends run.
+// close ends run. It waits for the round that is being served, which takes mu.
 func (l *loop) close() {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.closed = true
+	l.mu.Unlock()
 	_ = l.epoll.Close()
 }
 

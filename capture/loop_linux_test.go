@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"runtime"
 	"sync"
@@ -167,5 +168,101 @@ func TestHairpinAllocatesNothing(t *testing.T) {
 	})
 	if allocs != 0 {
 		t.Errorf("%v allocations a packet", allocs)
+	}
+}
+
+// Packets go both ways over IPv6 too.
+func TestEndpointsOfIPv6(t *testing.T) {
+	loopback := netip.IPv6Loopback()
+	server, err := net.ListenUDP("udp6", net.UDPAddrFromAddrPort(netip.AddrPortFrom(loopback, 0)))
+	if err != nil {
+		t.Skip("no IPv6 here: ", err)
+	}
+	defer func() { _ = server.Close() }()
+	local := server.LocalAddr().(*net.UDPAddr).AddrPort()
+	spare, err := net.ListenUDP("udp6", net.UDPAddrFromAddrPort(netip.AddrPortFrom(loopback, 0)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := spare.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+	_ = spare.Close()
+	got := &recorder{packets: make(chan captured, 1)}
+	b, err := NewBind([]catalog.Peer{peer(bob, loopback)}, BindOptions{
+		Self: self, Server: loopback, Advertise: netip.MustParseAddr("fd00::1"), Handler: got,
+		Services: []Service{{Name: "p", Packet: true, Port: port, Local: local}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := b.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	defer func() { cancel(); wg.Wait() }()
+	bobs := netip.AddrPortFrom(loopback, port)
+	if _, err := server.WriteToUDPAddrPort([]byte("out"), bobs); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case p := <-got.packets:
+		if p != (captured{bob, "p", "out"}) {
+			t.Errorf("got %v", p)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("the packet to bob did not come")
+	}
+	if n, err := b.Deliver(bob, "p", [][]byte{[]byte("in")}); n != 1 || err != nil {
+		t.Fatalf("deliver: %d, %v", n, err)
+	}
+	buf := make([]byte, 16)
+	_ = server.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if n, from, err := server.ReadFromUDPAddrPort(buf); err != nil || string(buf[:n]) != "in" || from != bobs {
+		t.Errorf("the server got %q from %v, %v", buf[:n], from, err)
+	}
+}
+
+// It stops while there is something to serve: packets keep coming for an endpoint
+// while it is closed.
+func TestStopsWhileItServes(t *testing.T) {
+	h := newHost(t, false, peer(bob, bobAddr))
+	stop := make(chan struct{})
+	var flood sync.WaitGroup
+	flood.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				_, _ = h.udp.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(carolAddr, h.port))
+			}
+		}
+	})
+	defer flood.Wait()
+	defer close(stop)
+	count := &tally{last: make(map[catalog.Key]byte)}
+	for range 100 {
+		b, err := NewBind([]catalog.Peer{peer(carol, carolAddr)}, BindOptions{
+			Self: self, Server: serverAddr, Advertise: selfAddr, Services: h.services[:1], Handler: count,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- b.Run(ctx) }()
+		came := count.came.Load()
+		eventually(t, "packets come", func() bool { return count.came.Load() > came })
+		cancel()
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("it did not stop")
+		}
 	}
 }

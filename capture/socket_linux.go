@@ -33,8 +33,10 @@ func listenPacket(at netip.AddrPort) (_ *socket, err error) {
 			_ = unix.Close(fd)
 		}
 	}()
-	var local unix.Sockaddr = &unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()}
-	if domain == unix.AF_INET6 {
+	var local unix.Sockaddr
+	if domain == unix.AF_INET {
+		local = &unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()}
+	} else {
 		local = &unix.SockaddrInet6{Port: int(at.Port()), Addr: at.Addr().As16()}
 		for _, option := range []int{unix.IPV6_V6ONLY, unix.IPV6_FREEBIND} { // see freebind
 			if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, option, 1); err != nil {

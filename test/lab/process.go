@@ -154,7 +154,9 @@ func (p *Process) Signal(s os.Signal) {
 	}
 }
 
-// Stop ends the process with SIGTERM, and with SIGKILL if that takes too long.
+// Stop ends the process with SIGTERM. If that takes too long it is an error, and
+// the process is made to say in its output what it waits for, as a program of Go's
+// does at SIGQUIT, before it is killed.
 func (p *Process) Stop() {
 	p.host.t.Helper()
 	p.Signal(syscall.SIGTERM)
@@ -163,6 +165,12 @@ func (p *Process) Stop() {
 	case <-done:
 	case <-time.After(stopTimeout):
 		p.host.t.Errorf("%s on %s did not stop within %v", p.Name, p.host.Name, stopTimeout)
+		p.Signal(syscall.SIGQUIT)
+		select {
+		case <-done:
+		case <-time.After(time.Second):
+		}
+		p.host.t.Log(p.Output())
 		p.Kill()
 	}
 }
