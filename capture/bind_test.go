@@ -86,15 +86,21 @@ func newHost(t *testing.T, hairpin bool, peers ...catalog.Peer) *host {
 	if err != nil {
 		t.Fatal(err)
 	}
+	run(t, h.bind)
+	return h
+}
+
+// run runs a Bind until the test ends.
+func run(t *testing.T, b *Bind) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if err := h.bind.Run(ctx); err != nil {
+		if err := b.Run(ctx); err != nil {
 			t.Errorf("Run: %v", err)
 		}
 	})
 	t.Cleanup(func() { cancel(); wg.Wait() })
-	return h
 }
 
 func serverSockets(t *testing.T) (*net.UDPConn, *net.TCPListener) {
