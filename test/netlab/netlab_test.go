@@ -41,6 +41,7 @@ type probe struct {
 	t       *testing.T
 	in, out *net.UDPConn
 	wg      sync.WaitGroup
+	late    []time.Duration // how much later than it had asked for the sender woke, each time
 
 	mu  sync.Mutex
 	got []arrival
@@ -125,12 +126,15 @@ func (p *probe) sendFirst(n int, interval time.Duration) error {
 		return err
 	}
 	buf := make([]byte, payload)
+	p.late = make([]time.Duration, n)
 	begin := time.Now()
 	for i := range n {
-		if d := time.Until(begin.Add(time.Duration(i) * interval)); d > 0 {
+		at := begin.Add(time.Duration(i) * interval)
+		if d := time.Until(at); d > 0 {
 			t := unix.NsecToTimespec(int64(d))
 			_, _ = unix.Ppoll(nil, &t, nil)
 		}
+		p.late[i] = time.Since(at)
 		binary.BigEndian.PutUint64(buf, uint64(i))
 		binary.BigEndian.PutUint64(buf[8:], uint64(time.Now().UnixNano()))
 		if _, err := p.out.Write(buf); err != nil {
@@ -172,8 +176,12 @@ func quantile(got []arrival, q float64) time.Duration {
 	for i, a := range got {
 		took[i] = a.took
 	}
-	slices.Sort(took)
-	return took[int(q*float64(len(took)-1))]
+	return quantileOf(took, q)
+}
+
+func quantileOf(d []time.Duration, q float64) time.Duration {
+	d = slices.Sorted(slices.Values(d))
+	return d[int(q*float64(len(d)-1))]
 }
 
 // The link does what it was set to: delay within 1 ms, loss within a tenth,
@@ -239,21 +247,14 @@ func TestLink(t *testing.T) {
 	})
 
 	t.Run("change under way", func(t *testing.T) {
-		link.Set(Way{Delay: time.Second}, Way{})
-		before, beforeBack := link.Counts()
-		forth.send(10, 0)
-		lab.Eventually(t, 900*time.Millisecond, func() error {
-			if c, _ := link.Counts(); c.Waiting != 10 {
-				return fmt.Errorf("%d packets are under way, want 10", c.Waiting)
+		const tries = 3
+		for try := 1; ; try++ {
+			there, back := changeUnderWay(t, link, forth, home)
+			if there >= time.Second && there <= time.Second+time.Millisecond && back <= time.Millisecond {
+				return
 			}
-			return nil
-		})
-		link.Set(Way{}, Way{})
-		home.send(10, 0)
-		for i, got := range [][]arrival{forth.arrived(there(link), before), home.arrived(back(link), beforeBack)} {
-			want := [2]time.Duration{time.Second, 0}[i]
-			if p50 := quantile(got, 0.5); len(got) != 10 || p50 < want || p50 > want+time.Millisecond {
-				t.Errorf("%d packets arrived after %v, want 10 after %v", len(got), p50, want)
+			if try == tries {
+				t.Fatalf("packets arrived after %v there and %v back, want 1s and none", there, back)
 			}
 		}
 	})
@@ -295,12 +296,38 @@ func TestLink(t *testing.T) {
 	}
 }
 
-// checkDelay sends packets one way. Where the test itself is held up between
-// the clock and the socket that is no delay of the link's: it tries again.
+// changeUnderWay sends packets one way, takes its delay away while they travel, and
+// sends others back: how long half of each took. They keep the delay that was set
+// when they entered.
+func changeUnderWay(t *testing.T, link *Link, forth, home *probe) (took, tookBack time.Duration) {
+	t.Helper()
+	const n = 10
+	link.Set(Way{Delay: time.Second}, Way{})
+	before, beforeBack := link.Counts()
+	forth.send(n, 0)
+	lab.Eventually(t, 900*time.Millisecond, func() error {
+		if c, _ := link.Counts(); c.Waiting != n {
+			return fmt.Errorf("%d packets are under way, want %d", c.Waiting, n)
+		}
+		return nil
+	})
+	link.Set(Way{}, Way{})
+	home.send(n, 0)
+	got, gotBack := forth.arrived(there(link), before), home.arrived(back(link), beforeBack)
+	if len(got) != n || len(gotBack) != n {
+		t.Fatalf("%d packets arrived there and %d back, want %d", len(got), len(gotBack), n)
+	}
+	return quantile(got, 0.5), quantile(gotBack, 0.5)
+}
+
+// checkDelay sends packets one way. A machine that wakes its foremost threads late
+// wakes the link's late too, and that is no delay of the link's: what the sender's
+// waits were too long at that time is allowed for. Where the test itself is held up
+// between the clock and the socket it tries again.
 func checkDelay(t *testing.T, p *probe, way func() Counts, want time.Duration) {
 	t.Helper()
 	const n, tries = 300, 5
-	var p5, p95 time.Duration
+	var p5, p95, late time.Duration
 	for range tries {
 		before := way()
 		p.send(n, time.Millisecond)
@@ -308,13 +335,13 @@ func checkDelay(t *testing.T, p *probe, way func() Counts, want time.Duration) {
 		if len(got) != n {
 			t.Fatalf("%d of %d packets arrived", len(got), n)
 		}
-		p5, p95 = quantile(got, 0.05), quantile(got, 0.95)
-		t.Logf("delay %v: %v, %v, %v (5 %%, half, 95 %%)", want, p5, quantile(got, 0.5), p95)
-		if p5 >= want && p95 <= want+time.Millisecond {
+		p5, p95, late = quantile(got, 0.05), quantile(got, 0.95), quantileOf(p.late, 0.95)
+		t.Logf("delay %v: %v, %v, %v (5 %%, half, 95 %%), where the sender woke up to %v late (95 %%)", want, p5, quantile(got, 0.5), p95, late)
+		if p5 >= want && p95 <= want+late+time.Millisecond {
 			return
 		}
 	}
-	t.Errorf("delay %v: 5 %% take up to %v, 95 %% up to %v, want at most 1 ms more than was set", want, p5, p95)
+	t.Errorf("delay %v: 5 %% take up to %v, 95 %% up to %v, want at most 1 ms more than was set and %v", want, p5, p95, late)
 }
 
 // checkRate sends twice what the first way carries, and tries again as
