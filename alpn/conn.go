@@ -95,12 +95,40 @@ func (c *Conn) Read(p []byte) (int, error) {
 	return n, refused(err)
 }
 
+// ReadMore reads what there is without waiting: a record that has come whole. It
+// returns 0 and nil if there is none.
+func (c *Conn) ReadMore(p []byte) (int, error) {
+	if c.intake != nil || !c.more && !c.wire.whole() {
+		return 0, nil
+	}
+	c.wire.dry = true
+	n, err := c.Read(p)
+	c.wire.dry = false
+	if errors.Is(err, errDry) {
+		err = nil
+	}
+	return n, err
+}
+
 // AwaitRead waits until a Read is not going to wait for its first byte, as a rule, so
 // that who reads needs no buffer meanwhile. It is for the goroutine that reads.
 func (c *Conn) AwaitRead() {
 	if !c.more {
 		c.wire.await()
 	}
+}
+
+// Write writes as [tls.Conn.Write] does. The records of a long p go out together.
+func (c *Conn) Write(p []byte) (int, error) {
+	if len(p) <= maxPlaintext || c.wire.eager != nil {
+		return c.Conn.Write(p)
+	}
+	c.wire.cork.insert()
+	n, err := c.Conn.Write(p)
+	if failed := c.wire.cork.pull(c.wire.raw); failed != nil && err == nil {
+		return 0, failed
+	}
+	return n, err
 }
 
 // CloseWrite sends close_notify and leaves the other direction as it is. What
@@ -186,12 +214,14 @@ type wire struct {
 	metrics *Metrics
 	ended   atomic.Bool
 	eager   *eager // nil: writes wait
+	cork    cork   // where they do
 
 	// Of the reader alone.
 	source syscall.RawConn // of raw, if that is TCP
 	chunk  []byte          // read from raw and not by crypto/tls
 	buf    *[wireBuffer]byte
 	err    error // comes after chunk
+	dry    bool  // where nothing is in chunk a read fails, and does not wait
 	turns  turns // while there is a handshake
 	header [recordHeader]byte
 	have   int // bytes of header
@@ -211,7 +241,20 @@ func newWire(raw net.Conn, peeked []byte, m *Metrics) *wire {
 	return w
 }
 
+// A dryError crypto/tls takes for a deadline's: it goes on later where it was.
+type dryError struct{}
+
+func (dryError) Error() string   { return "nothing has come" }
+func (dryError) Timeout() bool   { return true }
+func (dryError) Temporary() bool { return true }
+
+//nolint:gochecknoglobals // a constant, which has to be an interface to be compared
+var errDry net.Error = dryError{}
+
 func (w *wire) Read(p []byte) (int, error) {
+	if w.dry && len(w.chunk) == 0 {
+		return 0, errDry
+	}
 	w.await()
 	if len(w.chunk) == 0 {
 		err := w.err
@@ -225,6 +268,11 @@ func (w *wire) Read(p []byte) (int, error) {
 		w.release()
 	}
 	return n, nil
+}
+
+// whole says whether all that is left of a record, or all of the next one, has come.
+func (w *wire) whole() bool {
+	return w.body > 0 && len(w.chunk) >= w.body || w.body == 0 && w.have == 0 && isWhole(w.chunk)
 }
 
 // within returns how many of the next n bytes are of one record.
@@ -312,7 +360,7 @@ func (w *wire) Write(p []byte) (n int, err error) {
 	if w.eager != nil {
 		n, err = w.eager.write(p)
 	} else {
-		n, err = w.raw.Write(p)
+		n, err = w.cork.write(w.raw, p)
 	}
 	w.metrics.wireOut.Add(float64(n))
 	return n, err
