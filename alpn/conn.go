@@ -248,7 +248,6 @@ func (dryError) Error() string   { return "nothing has come" }
 func (dryError) Timeout() bool   { return true }
 func (dryError) Temporary() bool { return true }
 
-//nolint:gochecknoglobals // a constant, which has to be an interface to be compared
 var errDry net.Error = dryError{}
 
 func (w *wire) Read(p []byte) (int, error) {

@@ -112,7 +112,7 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 		resolver: resolve.New(resolve.Options{}),
 		dials:    locator.NewMetrics(o.Registry),
 	}
-	ln, err := pipe.Listen(context.Background(), cfg.Listen.Address, sockopt.StreamSocket)
+	ln, err := pipe.Listen(context.Background(), cfg.Listen.Address, sockopt.StreamListener)
 	if err != nil {
 		return nil, fmt.Errorf("listen for connections: %w", err)
 	}

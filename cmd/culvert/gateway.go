@@ -8,6 +8,7 @@ import (
 
 	"culvert/config"
 	"culvert/gateway"
+	"culvert/internal/procs"
 )
 
 func gatewayCommand() *cobra.Command {
@@ -32,6 +33,38 @@ streams have a few seconds to end. A second one ends the process at once.`,
 func runGateway(ctx context.Context, f serveFlags) error {
 	logging := func(cfg *config.Gateway) config.Log { return cfg.Log }
 	return serve(ctx, f, config.LoadGateway, logging, func(cfg *config.Gateway, log *zap.Logger) (process[config.Gateway], error) {
-		return gateway.New(cfg, gateway.Options{Log: log, Registry: newRegistry(), Version: version, Pprof: f.pprof})
+		g, err := gateway.New(cfg, gateway.Options{Log: log, Registry: newRegistry(), Version: version, Pprof: f.pprof})
+		if err != nil {
+			return nil, err
+		}
+		return &frugal{g, leastProcs(cfg)}, nil
 	})
+}
+
+// frugal is a gateway on no more processors than its load needs.
+type frugal struct {
+	*gateway.Gateway
+
+	least int
+}
+
+// Run runs the gateway.
+func (f *frugal) Run(ctx context.Context) error {
+	following, stop := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		procs.Follow(following, f.least)
+	}()
+	defer func() { stop(); <-done }()
+	return f.Gateway.Run(ctx)
+}
+
+// leastProcs is one where all that a gateway does is short. Reading the records of a
+// federation is not.
+func leastProcs(cfg *config.Gateway) int {
+	if cfg.Federation != nil {
+		return 2
+	}
+	return 1
 }

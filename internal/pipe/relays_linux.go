@@ -7,7 +7,6 @@ import (
 	"runtime"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -25,7 +24,7 @@ const (
 	// lingering is how long a loop that moves much waits for more without telling the
 	// scheduler, which would wake two threads to wait in its place and one to go on.
 	// It keeps a processor that long: not more often than that in parkEvery, when
-	// whatever else is there has its turn.
+	// whatever else is there has its turn, and not at all where there is but one.
 	lingering = 200 * time.Microsecond
 	parkEvery = time.Millisecond
 )
@@ -38,13 +37,17 @@ type watcher interface {
 
 // Relays joins TCP connections without a goroutine for each: what waits costs its
 // descriptors and a few hundred bytes. Some loops, one for each processor, do the
-// copying of all of them.
+// copying of all of them. Where GOMAXPROCS changes meanwhile, new connections go to as
+// many loops as there are processors by then.
 //
 // Make one with [NewRelays]. Its methods are for any number of goroutines.
 type Relays struct {
-	loops []*loop
-	next  atomic.Uint32
-	wg    sync.WaitGroup
+	wg sync.WaitGroup
+
+	mu     sync.Mutex
+	loops  []*loop // never empty
+	next   int
+	closed bool
 }
 
 // A loop waits for events of its relays and serves them. The epoll(7) instance is
@@ -65,6 +68,7 @@ type loop struct {
 	spare  []turn // the memory of those that have
 	bulk   bool   // something was moved through a pipe since the last wait
 	parked time.Time
+	alone  bool // there was one processor then
 	buf    *[bufferSize]byte
 }
 
@@ -85,15 +89,23 @@ type slot struct {
 func NewRelays() (*Relays, error) {
 	r := &Relays{}
 	for range runtime.GOMAXPROCS(0) {
-		l, err := newLoop()
-		if err != nil {
+		if err := r.start(); err != nil {
 			r.Close()
 			return nil, err
 		}
-		r.loops = append(r.loops, l)
-		r.wg.Go(l.run)
 	}
 	return r, nil
+}
+
+// start starts one more loop.
+func (r *Relays) start() error {
+	l, err := newLoop()
+	if err != nil {
+		return err
+	}
+	r.loops = append(r.loops, l)
+	r.wg.Go(l.run)
+	return nil
 }
 
 func newLoop() (*loop, error) {
@@ -115,7 +127,11 @@ func newLoop() (*loop, error) {
 // Close aborts what is still joined and ends the loops. Nothing may be joined any
 // more by then.
 func (r *Relays) Close() {
-	for _, l := range r.loops {
+	r.mu.Lock()
+	r.closed = true
+	loops := r.loops
+	r.mu.Unlock()
+	for _, l := range loops {
 		for _, left := range l.close() {
 			left.abort()
 		}
@@ -139,8 +155,19 @@ func (r *Relays) Join(a, b net.Conn, o Options, done func(Result)) (abort func()
 	return func() { Abort(a); Abort(b) }
 }
 
-// loop returns each in turn.
-func (r *Relays) loop() *loop { return r.loops[int(r.next.Add(1))%len(r.loops)] }
+// loop returns each in turn, of as many as there are processors.
+func (r *Relays) loop() *loop {
+	n := runtime.GOMAXPROCS(0)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for !r.closed && len(r.loops) < n {
+		if r.start() != nil {
+			break // with fewer it works as well
+		}
+	}
+	r.next++
+	return r.loops[r.next%min(n, len(r.loops))]
+}
 
 // watch has the kernel tell a watcher of events of its descriptors, and reports false
 // where that is not possible. The first may come at once.
@@ -248,13 +275,13 @@ func (l *loop) run() {
 
 // wait waits for events, unless there is more to do anyway.
 func (l *loop) wait() (n int, ok bool) {
-	if l.bulk && time.Since(l.parked) < parkEvery {
+	if l.bulk && !l.alone && time.Since(l.parked) < parkEvery {
 		if n = l.linger(); n > 0 || len(l.again) > 0 {
 			return n, true
 		}
 	}
 	l.bulk = false
-	defer func() { l.parked = time.Now() }()
+	defer func() { l.parked, l.alone = time.Now(), runtime.GOMAXPROCS(0) == 1 }()
 	err := l.raw.Read(func(fd uintptr) bool {
 		for {
 			var err error

@@ -44,6 +44,9 @@ const (
 	// half a minute, which a plainly routed connection would have outlasted. It
 	// also ends a connection whose reader keeps its window shut as long.
 	StreamTimeout = 60 * time.Second
+	// SilentFor is how long a connection that sends nothing costs its listener no
+	// more than what the kernel keeps of it.
+	SilentFor = 10 * time.Second
 )
 
 // Packet prepares c for gossip packets: no delay, dead within
@@ -92,6 +95,16 @@ func packetKeepAlive(capped bool) net.KeepAliveConfig {
 // retransmission timeout before a connection is made, so that SYNs too are sent at
 // least once a second.
 func StreamSocket(fd int) error { return streamSetup(fd) }
+
+// StreamListener is [StreamSocket] for a socket that is to listen, where whoever dials
+// speaks first: the kernel keeps a connection back until then, [SilentFor] at the least
+// (TCP_DEFER_ACCEPT).
+func StreamListener(fd int) error {
+	if err := deferAccept(fd, SilentFor); err != nil {
+		return err
+	}
+	return streamSetup(fd)
+}
 
 // PacketSocket is [Packet] for a TCP socket. TCP_NODELAY is not touched.
 func PacketSocket(fd int) error { return packetSetup(fd) }

@@ -34,6 +34,13 @@ func streamSetup(fd int) error {
 	return keepAliveOptions(fd, streamKeepAlive)
 }
 
+func deferAccept(fd int, d time.Duration) error {
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, int(d.Seconds())); err != nil {
+		return fmt.Errorf("set TCP_DEFER_ACCEPT: %w", err)
+	}
+	return nil
+}
+
 func packetSetup(fd int) error {
 	capped, err := capRTO(fd)
 	if err == nil {

@@ -3,6 +3,7 @@ package sockopt
 import (
 	"context"
 	"net"
+	"syscall"
 	"testing"
 	"time"
 
@@ -161,6 +162,43 @@ func TestStreamControl(t *testing.T) {
 		if capped(t) {
 			want(t, c, "TCP_RTO_MAX_MS", unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, 1000)
 		}
+	}
+}
+
+// Who sends nothing is not accepted, and who does is, with the options of a stream.
+func TestStreamListener(t *testing.T) {
+	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error { return control(c, StreamListener) }}
+	ln, err := lc.Listen(t.Context(), "tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	silent, err := net.Dial("tcp4", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	speaks, err := net.Dial("tcp4", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer speaks.Close()
+	if _, err := speaks.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	accepted, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	if accepted.RemoteAddr().String() != speaks.LocalAddr().String() {
+		t.Errorf("accepted is %v, want %v", accepted.RemoteAddr(), speaks.LocalAddr())
+	}
+	want(t, accepted.(*net.TCPConn), "TCP_USER_TIMEOUT", unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 60_000)
+	_ = ln.(*net.TCPListener).SetDeadline(time.Now().Add(200 * time.Millisecond))
+	if c, err := ln.Accept(); err == nil {
+		t.Errorf("%v is accepted and has sent nothing", c.RemoteAddr())
+		_ = c.Close()
 	}
 }
 
