@@ -295,8 +295,13 @@ func closeWrite(c net.Conn) error {
 	return err
 }
 
-// bufferSize is for connections that cannot be spliced: four TLS records.
-const bufferSize = 64 << 10
+const (
+	// partSize is how much a source gives at a time that has ReadMore: a TLS record.
+	partSize = 16 << 10
+	// bufferSize is for connections that cannot be spliced: four such parts, and a byte
+	// more. A source that has filled a buffer may have more, and would be read at once.
+	bufferSize = 4*partSize + 1
+)
 
 //nolint:gochecknoglobals // buffers are of use to every join of the process
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
@@ -330,14 +335,14 @@ func copyBuffer(dst io.Writer, src io.Reader, count counter) (n int64, read, wri
 	}
 }
 
-// copyOnce copies what there is. A source that reads by small parts, as TLS does by
-// records, has a method ReadMore, which does not wait: many parts go by one write.
+// copyOnce copies what there is. A source that reads by parts, as TLS does by records,
+// has a method ReadMore, which does not wait: several go by one write.
 func copyOnce(dst io.Writer, src io.Reader) (n int, read, write error) {
 	buf := buffers.Get().(*[bufferSize]byte) //nolint:errcheck,forcetypeassert // the pool holds nothing else
 	defer buffers.Put(buf)
 	n, read = src.Read(buf[:])
 	if more, ok := src.(interface{ ReadMore(p []byte) (int, error) }); ok {
-		for k := n; k > 0 && read == nil && n < len(buf); n += k {
+		for k := n; k > 0 && read == nil && len(buf)-n > partSize; n += k {
 			k, read = more.ReadMore(buf[n:])
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -378,4 +379,52 @@ func BenchmarkJoin(b *testing.B) {
 			r.end(b)
 		})
 	}
+}
+
+// records is a source that reads by parts of a record at the most, as TLS does.
+type records struct {
+	net.Conn
+	t     *testing.T
+	left  int
+	waits int // how often it was waited for without a buffer
+}
+
+func (r *records) AwaitRead() { r.waits++ }
+
+func (r *records) Read(p []byte) (int, error) {
+	if r.left == 0 {
+		return 0, io.EOF
+	}
+	return r.ReadMore(p)
+}
+
+func (r *records) ReadMore(p []byte) (int, error) {
+	n := min(len(p), partSize, r.left)
+	if n == len(p) {
+		r.t.Errorf("with %d bytes to come a buffer is full: whether there are more cannot be told", r.left)
+	}
+	r.left -= n
+	return n, nil
+}
+
+// What is read by records goes on by as few writes as there are buffers of them, and a
+// buffer is given back before more is waited for.
+func TestRecordsAreCopiedTogether(t *testing.T) {
+	src := &records{t: t, left: 10 * partSize}
+	var to writes
+	n, read, write := copyBuffer(&to, src, counter{})
+	if n != 10*partSize || read != nil || write != nil {
+		t.Fatalf("%d bytes, %v, %v", n, read, write)
+	}
+	if want := []int{4 * partSize, 4 * partSize, 2 * partSize}; !slices.Equal(to, want) || src.waits != len(want)+1 {
+		t.Errorf("written are %v, want %v, and it has waited %d times", to, want, src.waits)
+	}
+}
+
+// writes are the lengths of what was written.
+type writes []int
+
+func (w *writes) Write(p []byte) (int, error) {
+	*w = append(*w, len(p))
+	return len(p), nil
 }

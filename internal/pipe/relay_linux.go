@@ -10,11 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	// worthAPipe is how many bytes must have come at once for the next to be
-	// moved through a pipe. A few are copied sooner than it is fetched.
-	worthAPipe = bufferSize
-)
+// worthAPipe is how many bytes must have come at once for the next to be moved through
+// a pipe. A few are copied sooner than it is fetched, by a buffer of that size.
+const worthAPipe = 32 << 10
 
 // A relay is two connections that a loop joins. Its directions take turns: what
 // Join tells apart by two goroutines comes here in the order of events.

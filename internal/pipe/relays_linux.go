@@ -69,7 +69,7 @@ type loop struct {
 	bulk   bool   // something was moved through a pipe since the last wait
 	parked time.Time
 	alone  bool // there was one processor then
-	buf    *[bufferSize]byte
+	buf    *[worthAPipe]byte
 }
 
 // A turn is a side of a relay that may have more to hand on.
@@ -116,7 +116,7 @@ func newLoop() (*loop, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch connections: %w", err)
 	}
-	l := &loop{epoll: os.NewFile(uintptr(fd), "epoll"), fd: fd, buf: new([bufferSize]byte)}
+	l := &loop{epoll: os.NewFile(uintptr(fd), "epoll"), fd: fd, buf: new([worthAPipe]byte)}
 	if l.raw, err = l.epoll.SyscallConn(); err != nil {
 		_ = l.epoll.Close()
 		return nil, fmt.Errorf("watch connections: %w", err)
