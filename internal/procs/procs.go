@@ -22,9 +22,9 @@ import (
 const (
 	// lookEvery is how often the load is looked at.
 	lookEvery = 100 * time.Millisecond
-	// full is the share of the processors' time in use at which there are to be
-	// more, after busy looks in a row, and half the one at which there are if what
-	// was ready was late: others may use the processors too. Each time they double.
+	// full is the share of the processors' time in use at which there are to be more.
+	// Where what was ready was late half is enough: others may use the processors too.
+	// Either has to be so in busy looks in a row; then they double.
 	full = 0.95
 	half = 0.4
 	busy = 2
