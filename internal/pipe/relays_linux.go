@@ -203,6 +203,9 @@ func (l *loop) watch(w watcher, events uint32, fds ...int) (number int32, ok boo
 func (l *loop) want(number int32, side, fd int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.closed {
+		return
+	}
 	e := unix.EpollEvent{Events: wanted, Fd: number<<1 | int32(side), Pad: l.slots[number].use} //nolint:gosec // 0 or 1
 	_ = unix.EpollCtl(l.fd, unix.EPOLL_CTL_MOD, fd, &e)                                         // it is there, and takes no memory
 }
@@ -216,12 +219,14 @@ func (l *loop) drop(number int32) {
 }
 
 // forget ends a watch. The kernel has forgotten descriptors that are closed; others
-// are in fds.
+// are in fds. A closed loop's number may be another file's by now.
 func (l *loop) forget(number int32, fds ...int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, fd := range fds {
-		_ = unix.EpollCtl(l.fd, unix.EPOLL_CTL_DEL, fd, nil)
+	if !l.closed {
+		for _, fd := range fds {
+			_ = unix.EpollCtl(l.fd, unix.EPOLL_CTL_DEL, fd, nil)
+		}
 	}
 	l.drop(number)
 }

@@ -316,3 +316,48 @@ func TestRelaysUseNumbersAgain(t *testing.T) {
 		t.Errorf("%d numbers for connections that came one after the other", used)
 	}
 }
+
+// What ends after its loop leaves the file alone that has the loop's number by then.
+func TestForgetAfterClose(t *testing.T) {
+	r, err := NewRelays()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := r.loops[0]
+	w := &waiter{ready: make(chan struct{}, 1)}
+	p := make([]int, 2)
+	if err := unix.Pipe2(p, unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	number, ok := l.watch(w, watched, p[0])
+	if !ok {
+		t.Fatal("a pipe is not watched")
+	}
+	r.Close()
+	other, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if other != l.fd { // else it has the number anyway
+		if _, err := unix.FcntlInt(uintptr(l.fd), unix.F_GETFD, 0); err == nil {
+			t.Skip("something else has the number")
+		}
+		if err := unix.Dup3(other, l.fd, unix.O_CLOEXEC); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(l.fd)
+	}
+	watch := func() error {
+		return unix.EpollCtl(other, unix.EPOLL_CTL_ADD, p[0], &unix.EpollEvent{Events: unix.EPOLLIN})
+	}
+	if err := watch(); err != nil {
+		t.Fatal(err)
+	}
+	l.forget(number, p[0])
+	if err := watch(); !errors.Is(err, unix.EEXIST) {
+		t.Errorf("another's descriptor is watched no more: %v", err)
+	}
+	for _, fd := range []int{other, p[0], p[1]} {
+		_ = unix.Close(fd)
+	}
+}
