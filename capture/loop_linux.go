@@ -102,12 +102,18 @@ func (l *loop) start(e *endpoint) {
 }
 
 // remove forgets an endpoint, whose socket is to be closed now. It may be served once
-// more.
+// more. To let the kernel do so by itself would not do: while it looks for events it
+// holds sockets, and one that is closed then has its address for a moment longer.
 func (l *loop) remove(e *endpoint) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if fd := e.udp.fd; fd >= 0 {
-		l.known[fd] = nil
+	fd := e.udp.fd
+	if fd < 0 {
+		return
+	}
+	l.known[fd] = nil
+	if !l.closed {
+		_ = unix.EpollCtl(l.fd, unix.EPOLL_CTL_DEL, fd, nil) // it is there
 	}
 }
 
