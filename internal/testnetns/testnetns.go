@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/signal"
 	"syscall"
 	"testing"
 )
@@ -66,30 +65,10 @@ func (e entering) Run() int {
 	again.Env = append(os.Environ(), inside+"=1")
 	again.Stdout, again.Stderr = os.Stdout, os.Stderr
 	again.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-	if err := run(again); err != nil {
+	if err := again.Run(); err != nil {
 		return 1
 	}
 	return 0
-}
-
-// run runs the tests. Asked what this process waits for (SIGQUIT), they answer.
-func run(tests *exec.Cmd) error {
-	asked := make(chan os.Signal, 1)
-	signal.Notify(asked, syscall.SIGQUIT)
-	defer signal.Stop(asked)
-	if err := tests.Start(); err != nil {
-		return err
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- tests.Wait() }()
-	for {
-		select {
-		case <-asked:
-			_ = tests.Process.Signal(syscall.SIGQUIT) // unless they have just ended
-		case err := <-ended:
-			return err
-		}
-	}
 }
 
 // missing says what there is not.
