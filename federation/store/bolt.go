@@ -102,7 +102,7 @@ func renew(path string) error {
 	case err == nil && info.Size() == 0:
 		return errDamaged // bbolt would take it for a new one
 	case err == nil:
-		err = copyBolt(path, next)
+		err = copyBolt(path, info.Size(), next)
 	case errors.Is(err, os.ErrNotExist):
 		var b *bolt
 		if b, err = openStore(next, false); err == nil {
@@ -119,7 +119,8 @@ func renew(path string) error {
 	return syncDir(filepath.Dir(path))
 }
 
-func copyBolt(path, next string) (err error) {
+// copyBolt copies the log in path, of size bytes, to next.
+func copyBolt(path string, size int64, next string) (err error) {
 	// What is only read is not looked at before it is copied.
 	from, err := bbolt.Open(path, 0, &bbolt.Options{ReadOnly: true, Timeout: boltWait})
 	if err != nil {
@@ -129,17 +130,47 @@ func copyBolt(path, next string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, from.Close()) }()
+	if err := complete(from, size); err != nil {
+		return err
+	}
 	to, err := bbolt.Open(next, 0o600, &bbolt.Options{Timeout: boltWait})
 	if err != nil {
 		return err
 	}
-	return errors.Join(safely(func() error { return bbolt.Compact(to, from, 0) }), to.Close())
+	err = safely(func() error { return bbolt.Compact(to, from, 0) })
+	if f, ok := errors.AsType[faultError](err); ok && !f.within(from, size) {
+		err = fmt.Errorf("%w (a page refers to one behind its end)", errDamaged)
+	}
+	return errors.Join(err, to.Close())
+}
+
+// complete makes sure that a file of size bytes has all pages that it says it
+// has: bbolt makes it longer before it says so. What is behind the end of the
+// mapping belongs to somebody else, and bbolt reads it without a look at where it ends.
+func complete(db *bbolt.DB, size int64) error {
+	return db.View(func(tx *bbolt.Tx) error {
+		if size < tx.Size() {
+			return fmt.Errorf("%w (it has %d bytes of %d)", errDamaged, size, tx.Size())
+		}
+		return nil
+	})
 }
 
 // A panicError is what safely makes of a panic.
 type panicError struct{ error }
 
 func (e panicError) Unwrap() error { return e.error }
+
+// A faultError is what it makes of a page that cannot be read.
+type faultError struct{ addr uintptr }
+
+func (faultError) Error() string { return "read a page of the log: " + syscall.EIO.Error() }
+func (faultError) Unwrap() error { return syscall.EIO }
+
+// within tells whether it is a page of the file, so that the disk is at fault.
+func (e faultError) within(db *bbolt.DB, size int64) bool {
+	return e.addr-db.Info().Data < uintptr(size) //nolint:gosec // a file has no negative size
+}
 
 // safely makes errors of what bbolt panics at, pages that make no sense, and of
 // pages that the disk does not give, for which the kernel would end the process:
@@ -150,7 +181,7 @@ func safely(f func() error) (err error) {
 		switch p := recover().(type) {
 		case nil:
 		case interface{ Addr() uintptr }: // a fault
-			err = panicError{fmt.Errorf("read a page of the log: %w", syscall.EIO)}
+			err = panicError{faultError{p.Addr()}}
 		default:
 			err = panicError{fmt.Errorf("%w (%v)", errDamaged, p)}
 		}

@@ -2,6 +2,7 @@ package store
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"go.etcd.io/bbolt"
 
 	"culvert/federation/state"
 )
@@ -208,6 +210,7 @@ func TestDamagedFolder(t *testing.T) {
 	for name, damage := range map[string]func(dir string) error{
 		"no snapshots": folder("snapshots"), "no log": folder(boltName), "empty": cut(0), "a page": cut(pageSize),
 		"no pages but the first": cut(2 * pageSize), "half": cut(8 * pageSize),
+		"no last page": noLastPage, "a page far behind the end": misled,
 	} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T, w *world) {
@@ -221,6 +224,46 @@ func TestDamagedFolder(t *testing.T) {
 			})
 		})
 	}
+}
+
+// noLastPage takes the last page that is in use away.
+func noLastPage(dir string) error {
+	path := filepath.Join(dir, "raft", boltName)
+	db, err := bbolt.Open(path, 0, &bbolt.Options{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	size := int64(0)
+	err = db.View(func(tx *bbolt.Tx) error { size = tx.Size(); return nil })
+	return errors.Join(err, db.Close(), os.Truncate(path, size-pageSize))
+}
+
+// misled has the bucket of the entries begin 16 GiB behind the file's beginning.
+func misled(dir string) error {
+	path := filepath.Join(dir, "raft", boltName)
+	db, err := bbolt.Open(path, 0, &bbolt.Options{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	var name, root []byte
+	err = db.View(func(tx *bbolt.Tx) error {
+		name = []byte("logs")
+		root = binary.LittleEndian.AppendUint64(nil, uint64(tx.Bucket(name).Root()))
+		return nil
+	})
+	if err := errors.Join(err, db.Close()); err != nil {
+		return err
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	header := append(name, root...) // a leaf has the bucket's first page behind its name
+	if !bytes.Contains(data, header) {
+		return fmt.Errorf("%s: no bucket %q", path, name)
+	}
+	astray := binary.LittleEndian.AppendUint64([]byte("logs"), 16<<30/pageSize)
+	return os.WriteFile(path, bytes.ReplaceAll(data, header, astray), 0o600)
 }
 
 // Wherever a sector is spoilt, a start panics no more than it loses something.
