@@ -247,15 +247,11 @@ func TestLink(t *testing.T) {
 	})
 
 	t.Run("change under way", func(t *testing.T) {
-		const tries = 3
-		for try := 1; ; try++ {
-			there, back := changeUnderWay(t, link, forth, home)
-			if there >= time.Second && there <= time.Second+time.Millisecond && back <= time.Millisecond {
-				return
-			}
-			if try == tries {
-				t.Fatalf("packets arrived after %v there and %v back, want 1s and none", there, back)
-			}
+		// Which delay they have is the question here, and how exactly that of "delay".
+		const exact = 100 * time.Millisecond
+		there, back := changeUnderWay(t, link, forth, home)
+		if there < time.Second || there > time.Second+exact || back > exact {
+			t.Errorf("packets arrived after %v there and %v back, want 1s and none", there, back)
 		}
 	})
 
@@ -326,7 +322,7 @@ func changeUnderWay(t *testing.T, link *Link, forth, home *probe) (took, tookBac
 // between the clock and the socket it tries again.
 func checkDelay(t *testing.T, p *probe, way func() Counts, want time.Duration) {
 	t.Helper()
-	const n, tries = 300, 5
+	const n, tries = 300, 10
 	var p5, p95, late time.Duration
 	for range tries {
 		before := way()
@@ -348,7 +344,7 @@ func checkDelay(t *testing.T, p *probe, way func() Counts, want time.Duration) {
 // checkDelay does.
 func checkRate(t *testing.T, link *Link, p *probe, rate float64) {
 	t.Helper()
-	const tries, wait = 3, 200 * time.Millisecond
+	const tries, wait = 6, 200 * time.Millisecond
 	link.Set(Way{Rate: rate, Queue: int(rate / 8 * wait.Seconds())}, Way{})
 	each := time.Duration((payload + headers) * 8e9 / rate / 2)
 	count := int(2 * time.Second / each)
