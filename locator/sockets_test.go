@@ -121,9 +121,15 @@ func TestBlackholeThatOpens(t *testing.T) {
 		return dial(ctx, network, address)
 	}
 	go func() {
-		<-attempts
-		<-attempts // the first one was in vain
-		drain()
+		<-attempts // the first one is in vain
+		for {
+			select {
+			case <-attempts:
+				drain() // of what an attempt has left behind that came too late, too
+			case <-ctx.Done():
+				return
+			}
+		}
 	}()
 	c, _, err := p.Dial(ctx)
 	if err != nil {
@@ -134,17 +140,22 @@ func TestBlackholeThatOpens(t *testing.T) {
 }
 
 func TestCalledOffAtOnce(t *testing.T) {
+	const tries = 5 // a machine that is held up once is not meant
 	hole, _ := blackhole(t)
 	p := realPool(t, hole)
-	ctx, cancel := context.WithCancel(t.Context())
-	began := time.Now()
-	time.AfterFunc(50*time.Millisecond, cancel)
-	if _, _, err := p.Dial(ctx); err == nil {
-		t.Error("connected to nobody")
+	var took time.Duration
+	for range tries {
+		ctx, cancel := context.WithCancel(t.Context())
+		began := time.Now()
+		time.AfterFunc(50*time.Millisecond, cancel)
+		if _, _, err := p.Dial(ctx); err == nil {
+			t.Error("connected to nobody")
+		}
+		if took = time.Since(began); took <= 900*time.Millisecond {
+			return
+		}
 	}
-	if took := time.Since(began); took > 900*time.Millisecond {
-		t.Errorf("took %v", took)
-	}
+	t.Errorf("took %v", took)
 }
 
 func TestControlIsCalled(t *testing.T) {

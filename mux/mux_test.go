@@ -129,7 +129,7 @@ func TestFirstByteDecides(t *testing.T) {
 }
 
 func TestRefusals(t *testing.T) {
-	r := start(t, Options{TLS: echo("tls"), FirstByteTimeout: 100 * time.Millisecond})
+	r := start(t, Options{TLS: echo("tls")})
 	c := dial(t, r.addr)
 	_, _ = io.WriteString(c, "GET / HTTP/1.1\r\n\r\n")
 	if got, _ := io.ReadAll(c); len(got) > 0 {
@@ -140,10 +140,11 @@ func TestRefusals(t *testing.T) {
 	_ = dial(t, r.addr).Close() // a port scanner
 	awaitRefused(t, r.m, reasonClosedEarly)
 
-	if got, err := io.ReadAll(dial(t, r.addr)); err != nil || len(got) > 0 {
+	hasty := start(t, Options{TLS: echo("tls"), FirstByteTimeout: 100 * time.Millisecond})
+	if got, err := io.ReadAll(dial(t, hasty.addr)); err != nil || len(got) > 0 {
 		t.Errorf("silence was answered %q, %v", got, err)
 	}
-	awaitRefused(t, r.m, reasonFirstByteTimeout)
+	awaitRefused(t, hasty.m, reasonFirstByteTimeout)
 	awaitRefused(t, r.m, reasonNotTLS)
 	awaitRefused(t, r.m, reasonClosedEarly)
 }

@@ -179,6 +179,7 @@ func TestPeersAreWarm(t *testing.T) {
 			}
 			out := running(t, f, f.dial(t, &dials), OutboundOptions{Peers: func() []catalog.Key { return peers }})
 			until(t, "the sessions", func() bool { return out.Sessions(peers[0]) > 0 == (c.sessions > 0) })
+			until(t, "the dials", func() bool { return int(dials.Load()) >= c.sessions })
 			if n := dials.Load(); int(n) != c.sessions {
 				t.Errorf("%d dials, want %d", n, c.sessions)
 			}

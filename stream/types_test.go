@@ -93,8 +93,8 @@ func TestOutboundProbe(t *testing.T) {
 
 func TestOutboundWithoutAType(t *testing.T) {
 	t.Parallel()
-	server, o, done := outbound(t, OutboundOptions{}, never(t))
 	began := time.Now()
+	server, o, done := outbound(t, OutboundOptions{}, never(t))
 	wantReset(t, server)
 	if took := time.Since(began); took < TypeTimeout-100*time.Millisecond {
 		t.Errorf("refused after %v, want %v", took, TypeTimeout)
