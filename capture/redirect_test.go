@@ -142,12 +142,12 @@ func (c *captive) wantReceived(t *testing.T, from netip.Addr, payload string) {
 // dialPeer is the server's own connection to a peer.
 func (c *captive) dialPeer(t *testing.T, to netip.Addr) (string, error) {
 	t.Helper()
-	conn, err := net.DialTimeout("tcp", netip.AddrPortFrom(to, gossipPort).String(), 10*time.Second)
+	conn, err := net.DialTimeout("tcp", netip.AddrPortFrom(to, gossipPort).String(), 2*time.Second)
 	if err != nil {
 		return "", err
 	}
 	defer func() { _ = conn.Close() }()
-	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
 	got, err := io.ReadAll(conn)
 	return string(got), err
 }

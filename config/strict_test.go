@@ -90,7 +90,7 @@ func TestHugeNumber(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), `port in service "p" is 1e3000000; a whole number`) || len(err.Error()) > 300 {
 		t.Errorf("got %.300v", err)
 	}
-	if d := time.Since(start); d > 5*time.Second {
+	if d := time.Since(start); d > time.Second {
 		t.Errorf("took %v", d)
 	}
 }

@@ -184,7 +184,7 @@ func TestBackendDown(t *testing.T) {
 		Datacenter: "dc1", Node: "gw", Sidecars: []config.GatewaySidecar{{Node: "alice", Address: down, Domain: "consul"}},
 	}, Options{})
 	began := time.Now()
-	if _, err := ask(t, ca, g, "alice.server.dc1.consul"); !errors.Is(err, syscall.ECONNRESET) || time.Since(began) > 8*time.Second {
+	if _, err := ask(t, ca, g, "alice.server.dc1.consul"); !errors.Is(err, syscall.ECONNRESET) || time.Since(began) > 3*time.Second {
 		t.Errorf("%v after %v, want a reset at once", err, time.Since(began))
 	}
 	if n := testutil.ToFloat64(g.metrics.to("dc1").dialFailed); n != 1 {
@@ -336,8 +336,8 @@ func TestRefusedStrangerHoldsNoPlace(t *testing.T) {
 	alert.Refuse(far, alert.NoApplicationProtocol)
 	began := time.Now()
 	for open() != 0 {
-		if time.Since(began) > 8*time.Second {
-			t.Fatal("the gateway holds the connection 8 s after the server had closed it")
+		if time.Since(began) > 3*time.Second {
+			t.Fatal("the gateway holds the connection 3 s after the server had closed it")
 		}
 		<-time.After(10 * time.Millisecond)
 	}

@@ -409,8 +409,8 @@ func TestPacketsGoOnThroughADrain(t *testing.T) {
 	_ = far.Close()
 	select {
 	case <-stopped:
-	case <-time.After(10 * time.Second):
-		t.Error("not stopped 10 s after the last stream had ended")
+	case <-time.After(3 * time.Second):
+		t.Error("not stopped 3 s after the last stream had ended")
 	}
 }
 
@@ -427,7 +427,7 @@ func TestStrangersDoNotDelayTheStop(t *testing.T) {
 	p.bob.receive(t)
 	began := time.Now()
 	p.bob.stop()
-	if took := time.Since(began); took > 9*drainTimeout/10 {
+	if took := time.Since(began); took > 2*time.Second {
 		t.Errorf("the stop took %v", took)
 	}
 }

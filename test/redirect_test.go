@@ -203,7 +203,7 @@ func TestRedirectUnderGossip(t *testing.T) {
 	began := time.Now()
 	flows := []*flow{startFlow(t, f.servers[0], f.servers[2]), startFlow(t, f.servers[2], f.servers[0])}
 	for _, fl := range flows {
-		fl.await(began, 20*time.Second)
+		fl.await(began, 5*time.Second)
 	}
 	f.join()
 	t.Logf("all four alive in everybody's eyes %v after the sidecars were ready", time.Since(began).Round(time.Millisecond))

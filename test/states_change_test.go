@@ -16,10 +16,7 @@ import (
 
 // dial connects from a member's host to another's advertised gossip port, as
 // its server does.
-func (m *member) dial(to *member) error { return m.reach(to, 500*time.Millisecond) }
-
-// reach does so, and waits as long as patience for what would end the connection.
-func (m *member) reach(to *member, patience time.Duration) error {
+func (m *member) dial(to *member) error {
 	c, err := m.host.Dial("tcp", netip.AddrPortFrom(to.advertise, 7946).String())
 	if err != nil {
 		return err
@@ -27,7 +24,7 @@ func (m *member) reach(to *member, patience time.Duration) error {
 	defer func() { _ = c.Close() }()
 	// Whoever is not there is told by a reset, which may come after the
 	// endpoint has taken the connection. An agent says nothing unasked.
-	if err := c.SetReadDeadline(time.Now().Add(patience)); err != nil {
+	if err := c.SetReadDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
 		return err
 	}
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -38,22 +35,18 @@ func (m *member) reach(to *member, patience time.Duration) error {
 
 // refused makes sure that a connection is refused at once.
 func (m *member) refused(to *member) error {
-	const most, tries = 400 * time.Millisecond, 5 // a machine that is held up once is not meant
-	var took time.Duration
-	for range tries {
-		began := time.Now()
-		err := m.reach(to, 5*time.Second)
-		took = time.Since(began)
-		switch {
-		case err == nil:
-			return fmt.Errorf("%s reaches %s", m.node, to.node)
-		case !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET):
-			return fmt.Errorf("%s is not refused by %s: %w", m.node, to.node, err)
-		case took <= most:
-			return nil
-		}
+	began := time.Now()
+	err := m.dial(to)
+	took := time.Since(began)
+	switch {
+	case err == nil:
+		return fmt.Errorf("%s reaches %s", m.node, to.node)
+	case !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET):
+		return fmt.Errorf("%s is not refused by %s: %w", m.node, to.node, err)
+	case took > 400*time.Millisecond:
+		return fmt.Errorf("%s waits %v for a refusal by %s", m.node, took, to.node)
 	}
-	return fmt.Errorf("%s waits %v for a refusal by %s", m.node, took, to.node)
+	return nil
 }
 
 func (s *states) in(dcs ...string) []*member {

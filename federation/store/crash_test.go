@@ -136,37 +136,20 @@ func TestSyncsOfABatch(t *testing.T) {
 	register(t, numbered(0), n)
 	for i := range 20 {
 		syncs, resizes := n.disk.syncs.Load(), n.disk.resizes.Load()
-		register(t, numbered(2000+i), n)
+		register(t, numbered(1000+i), n)
 		if syncs = n.disk.syncs.Load() - syncs; syncs != 2 {
 			t.Errorf("one registration alone took %d syncs, and %d more for a longer file", syncs, n.disk.resizes.Load()-resizes)
 		}
 	}
-	// While the disk takes its time for one, many others come: in a few batches, where
-	// the machine does not hold them up.
-	const many, tries = 400, 3
-	writes := int64(0)
-	for try := range tries {
-		if writes = burst(t, n, 1+try*many, many); writes <= 10 {
-			break
-		}
-	}
-	if writes < 2 || writes > 10 {
-		t.Errorf("%d registrations took %d batches", many, writes)
-	}
-	t.Logf("%d registrations at once took %d batches with two syncs each", many, writes)
-}
-
-// burst registers many at once, while the disk takes its time, and returns how many
-// batches that took.
-func burst(t *testing.T, n *node, from, many int) int64 {
-	t.Helper()
+	// While the disk takes its time for one, many others come.
+	const many = 400
 	syncs, writes := n.disk.syncs.Load(), n.disk.writes.Load()
 	release := n.disk.hold()
 	var wg sync.WaitGroup
 	var acked atomic.Int64
 	for i := range many {
 		wg.Go(func() {
-			if _, err := n.store.Register(t.Context(), numbered(from+i)); err != nil {
+			if _, err := n.store.Register(t.Context(), numbered(1+i)); err != nil {
 				t.Error(err)
 			}
 			acked.Add(1)
@@ -179,8 +162,8 @@ func burst(t *testing.T, n *node, from, many int) int64 {
 	release()
 	wg.Wait()
 	syncs, writes = n.disk.syncs.Load()-syncs, n.disk.writes.Load()-writes
-	if syncs != 2*writes {
-		t.Errorf("%d batches took %d syncs", writes, syncs)
+	if syncs != 2*writes || writes < 2 || writes > 10 {
+		t.Errorf("%d registrations took %d batches and %d syncs", many, writes, syncs)
 	}
-	return writes
+	t.Logf("%d registrations at once took %d batches with two syncs each", many, writes)
 }
