@@ -40,10 +40,17 @@ func (o outcome) verdict(ctx context.Context) (known bool, err error) {
 		return true, nil
 	case o.lost:
 		return o.overtaken && o.took >= hedgeAfter, errSlow
-	case errors.Is(ctx.Err(), context.Canceled), ctx.Err() != nil && o.took < hedgeAfter, isOurs(o.err):
+	case errors.Is(ctx.Err(), context.Canceled), isOver(ctx) && o.took < hedgeAfter, isOurs(o.err):
 		return false, nil
 	}
 	return true, o.err
+}
+
+// isOver tells whether ctx has ended, or has its deadline behind it: a socket has the
+// same one, and may be told of it first.
+func isOver(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() != nil || ok && !time.Now().Before(deadline)
 }
 
 // isOurs tells errors that have nothing to do with who was dialled.
