@@ -25,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -92,6 +93,8 @@ type Gateway struct {
 
 	inflight *inflight
 	relays   *pipe.Relays // while Run runs
+	loops    int          // of the relays
+	spliced  atomic.Int64
 	warned   sample.Sampler
 	ready    atomic.Bool
 
@@ -111,6 +114,7 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 		inflight: newInflight(),
 		resolver: resolve.New(resolve.Options{}),
 		dials:    locator.NewMetrics(o.Registry),
+		loops:    runtime.GOMAXPROCS(0),
 	}
 	ln, err := pipe.Listen(context.Background(), cfg.Listen.Address, sockopt.StreamListener)
 	if err != nil {
@@ -261,6 +265,10 @@ func (g *Gateway) dial(ctx context.Context, _, address string) (net.Conn, error)
 	return g.relays.Dial(ctx, address, sockopt.StreamSocket)
 }
 
+// Spliced is how many bytes were passed on without a copy since the start, which are
+// those of bulk transfers. While Run runs it grows.
+func (g *Gateway) Spliced() int64 { return g.spliced.Load() }
+
 // Run serves until ctx ends. Then it is no longer ready, takes no more
 // connections, lets open streams end for up to DrainTimeout, resets what is left
 // and stops the admin listener last. It returns nil after such a stop.
@@ -270,7 +278,7 @@ func (g *Gateway) dial(ctx context.Context, _, address string) (net.Conn, error)
 // gateway again before it is back. They go when the last stream has gone.
 func (g *Gateway) Run(ctx context.Context) error {
 	var err error
-	if g.relays, err = pipe.NewRelays(); err != nil {
+	if g.relays, err = pipe.NewRelays(g.loops, &g.spliced); err != nil {
 		return errors.Join(err, g.mux.Close(), g.admin.Close())
 	}
 	defer g.relays.Close() // when mux has seen the last connection end

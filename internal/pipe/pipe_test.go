@@ -87,7 +87,7 @@ func join(t testing.TB, kind string, a, b net.Conn, o Options) Result {
 	if kind != "relayed" {
 		return Join(a, b, o)
 	}
-	relays, err := NewRelays()
+	relays, err := NewRelays(2, new(atomic.Int64))
 	if err != nil {
 		t.Error(err)
 		return Result{}

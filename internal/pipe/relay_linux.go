@@ -38,6 +38,19 @@ type end struct {
 	// an end to be read; gone that there is no connection any more.
 	ending, gone bool
 	wanted       bool // the kernel tells of room to write
+	deaf         bool // the kernel does not tell of bytes that have come
+}
+
+// events are those that the kernel tells of.
+func (e *end) events() uint32 {
+	events := uint32(watched)
+	if e.wanted {
+		events = wanted
+	}
+	if e.deaf {
+		events &= deaf
+	}
+	return events
 }
 
 // find asks for the descriptor, which stays the same until the relay closes it.
@@ -113,7 +126,15 @@ func (r *relay) begin(first []byte) bool {
 func (r *relay) want(side int) {
 	if e := &r.ends[side]; !e.wanted {
 		e.wanted = true
-		r.loop.want(r.slot, side, e.fd)
+		r.loop.change(r.slot, side, e.fd, e.events())
+	}
+}
+
+// listen has the loop told of bytes that come from a side, or not.
+func (r *relay) listen(side int, so bool) {
+	if e := &r.ends[side]; e.deaf == so {
+		e.deaf = !so
+		r.loop.change(r.slot, side, e.fd, e.events())
 	}
 }
 
@@ -182,10 +203,17 @@ func (r *relay) leave() {
 func (w *way) waits() bool { return w.held > 0 || len(w.rest) > 0 }
 
 // move hands on what one side has sent, once. Where there may be more it has another
-// turn after everybody else's: more has come by then for one call to take.
+// turn after everybody else's: more has come by then for one call to take. While there
+// is no room for what has come the loop is not told of more: it would wake up for each
+// segment, and for nothing.
 func (r *relay) move(side int) {
-	if !r.ways[side].ended && r.drain(side) && r.fill(side) && r.drain(side) {
+	w := &r.ways[side]
+	if !w.ended && r.drain(side) && r.fill(side) && r.drain(side) {
 		r.requeue(side)
+		return
+	}
+	if !w.ended {
+		r.listen(side, !w.waits())
 	}
 }
 
@@ -199,6 +227,7 @@ func (r *relay) drain(side int) bool {
 			w.handed(n)
 			if w.held > 0 {
 				w.held -= n
+				r.relays.spliced.Add(int64(n))
 			} else if w.rest = w.rest[n:]; len(w.rest) == 0 {
 				w.rest = nil
 			}

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -21,12 +22,14 @@ const (
 	// there was none (wanted): most connections are never that full.
 	watched = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET
 	wanted  = watched | unix.EPOLLOUT
+	// deaf takes from either what tells of bytes that could not be handed on.
+	deaf = ^uint32(unix.EPOLLIN)
 	// lingering is how long a loop that moves much waits for more without telling the
 	// scheduler, which would wake two threads to wait in its place and one to go on.
-	// It keeps a processor that long: not more often than that in parkEvery, when
-	// whatever else is there has its turn, and not at all where there is but one.
-	lingering = 200 * time.Microsecond
-	parkEvery = time.Millisecond
+	// It keeps a processor that long, and once in parkEvery whatever else is there has
+	// its turn. Where there is but one processor no loop does so.
+	lingering = time.Millisecond
+	parkEvery = 5 * time.Millisecond
 )
 
 // A watcher is what a loop tells of events: side is which of its descriptors.
@@ -36,18 +39,14 @@ type watcher interface {
 }
 
 // Relays joins TCP connections without a goroutine for each: what waits costs its
-// descriptors and a few hundred bytes. Some loops, one for each processor, do the
-// copying of all of them. Where GOMAXPROCS changes meanwhile, new connections go to as
-// many loops as there are processors by then.
+// descriptors and a few hundred bytes. Some loops do the copying of all of them.
 //
 // Make one with [NewRelays]. Its methods are for any number of goroutines.
 type Relays struct {
-	wg sync.WaitGroup
-
-	mu     sync.Mutex
-	loops  []*loop // never empty
-	next   int
-	closed bool
+	wg      sync.WaitGroup
+	loops   []*loop // never empty
+	next    atomic.Uint32
+	spliced *atomic.Int64
 }
 
 // A loop waits for events of its relays and serves them. The epoll(7) instance is
@@ -85,27 +84,21 @@ type slot struct {
 	use     int32
 }
 
-// NewRelays starts the loops. Close ends them.
-func NewRelays() (*Relays, error) {
-	r := &Relays{}
-	for range runtime.GOMAXPROCS(0) {
-		if err := r.start(); err != nil {
+// NewRelays starts loops: one for each processor that they are to use. Close ends them.
+// Bytes that pass through kernel pipes, which are those of bulk transfers, are added to
+// spliced.
+func NewRelays(loops int, spliced *atomic.Int64) (*Relays, error) {
+	r := &Relays{spliced: spliced}
+	for range max(1, loops) {
+		l, err := newLoop()
+		if err != nil {
 			r.Close()
 			return nil, err
 		}
+		r.loops = append(r.loops, l)
+		r.wg.Go(l.run)
 	}
 	return r, nil
-}
-
-// start starts one more loop.
-func (r *Relays) start() error {
-	l, err := newLoop()
-	if err != nil {
-		return err
-	}
-	r.loops = append(r.loops, l)
-	r.wg.Go(l.run)
-	return nil
 }
 
 func newLoop() (*loop, error) {
@@ -127,11 +120,7 @@ func newLoop() (*loop, error) {
 // Close aborts what is still joined and ends the loops. Nothing may be joined any
 // more by then.
 func (r *Relays) Close() {
-	r.mu.Lock()
-	r.closed = true
-	loops := r.loops
-	r.mu.Unlock()
-	for _, l := range loops {
+	for _, l := range r.loops {
 		for _, left := range l.close() {
 			left.abort()
 		}
@@ -155,19 +144,8 @@ func (r *Relays) Join(a, b net.Conn, o Options, done func(Result)) (abort func()
 	return func() { Abort(a); Abort(b) }
 }
 
-// loop returns each in turn, of as many as there are processors.
-func (r *Relays) loop() *loop {
-	n := runtime.GOMAXPROCS(0)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for !r.closed && len(r.loops) < n {
-		if r.start() != nil {
-			break // with fewer it works as well
-		}
-	}
-	r.next++
-	return r.loops[r.next%min(n, len(r.loops))]
-}
+// loop returns each in turn.
+func (r *Relays) loop() *loop { return r.loops[r.next.Add(1)%uint32(len(r.loops))] } //nolint:gosec // processors are few
 
 // watch has the kernel tell a watcher of events of its descriptors, and reports false
 // where that is not possible. The first may come at once.
@@ -199,14 +177,14 @@ func (l *loop) watch(w watcher, events uint32, fds ...int) (number int32, ok boo
 	return number, true
 }
 
-// want has the kernel tell of room to write, too: at once, if there is some by now.
-func (l *loop) want(number int32, side, fd int) {
+// change has the kernel tell of other events: at once of those that there are by now.
+func (l *loop) change(number int32, side, fd int, events uint32) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
 		return
 	}
-	e := unix.EpollEvent{Events: wanted, Fd: number<<1 | int32(side), Pad: l.slots[number].use} //nolint:gosec // 0 or 1
+	e := unix.EpollEvent{Events: events, Fd: number<<1 | int32(side), Pad: l.slots[number].use} //nolint:gosec // 0 or 1
 	_ = unix.EpollCtl(l.fd, unix.EPOLL_CTL_MOD, fd, &e)                                         // it is there, and takes no memory
 }
 

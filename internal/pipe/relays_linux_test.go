@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -19,7 +20,7 @@ import (
 
 func newRelays(t *testing.T) *Relays {
 	t.Helper()
-	r, err := NewRelays()
+	r, err := NewRelays(2, new(atomic.Int64))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -231,7 +232,7 @@ func fullListener(t *testing.T) string {
 // What is joined can be aborted, by its function and by Close, and says so once.
 func TestRelaysAbort(t *testing.T) {
 	for _, how := range []string{"abort", "close"} {
-		r, err := NewRelays()
+		r, err := NewRelays(2, new(atomic.Int64))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -319,7 +320,7 @@ func TestRelaysUseNumbersAgain(t *testing.T) {
 
 // What ends after its loop leaves the file alone that has the loop's number by then.
 func TestForgetAfterClose(t *testing.T) {
-	r, err := NewRelays()
+	r, err := NewRelays(2, new(atomic.Int64))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -359,5 +360,90 @@ func TestForgetAfterClose(t *testing.T) {
 	}
 	for _, fd := range []int{other, p[0], p[1]} {
 		_ = unix.Close(fd)
+	}
+}
+
+// While there is no room for what has come a loop is not told of more, and it is told
+// again once there is.
+func TestBlockedIsNotTold(t *testing.T) {
+	near, a := testtcp.Pair(t)
+	b, far := testtcp.Pair(t)
+	if err := errors.Join(b.SetWriteBuffer(32<<10), far.SetReadBuffer(64<<10)); err != nil {
+		t.Fatal(err)
+	}
+	l, err := newLoop() // which does not run: the test takes its turns
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.close()
+	spliced := new(atomic.Int64)
+	result := make(chan Result, 1)
+	j := newRelay(&Relays{loops: []*loop{l}, spliced: spliced}, l, a, b, Options{}, func(res Result) { result <- res })
+	if !j.begin(nil) {
+		t.Fatal("not watched")
+	}
+	told := 0 // of bytes from near
+	turn := func() (events int) {
+		n, err := unix.EpollWait(l.fd, l.events[:], 20)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			t.Fatal(err)
+		}
+		for i := range l.events[:max(n, 0)] {
+			e := &l.events[i]
+			if e.Fd&1 == 0 && e.Events&unix.EPOLLIN != 0 {
+				told++
+			}
+			if w := l.watcher(e); w != nil {
+				w.serve(int(e.Fd&1), e.Events)
+			}
+		}
+		again := l.again
+		l.again = nil
+		for _, next := range again {
+			next.relay.proceed(next.side)
+		}
+		return max(n, 0) + len(again)
+	}
+	sent := randomBytes(300 << 10)
+	const first = 200 << 10
+	_, _ = near.Write(sent[:first])
+	for turn() > 0 {
+		continue
+	}
+	if !j.ways[0].waits() {
+		t.Fatal("all of it was taken: nothing is shown")
+	}
+	told = 0
+	_, _ = near.Write(sent[first:])
+	turn()
+	if told > 0 && j.ways[0].waits() {
+		t.Error("told of bytes that cannot be handed on")
+	}
+	for _, part := range [][]byte{sent, []byte("and more")} {
+		if len(part) < first {
+			_, _ = near.Write(part)
+		}
+		read := make(chan []byte, 1)
+		go func() {
+			got := make([]byte, len(part))
+			_, _ = io.ReadFull(far, got)
+			read <- got
+		}()
+		for len(read) == 0 {
+			turn()
+		}
+		if got := <-read; !bytes.Equal(got, part) {
+			t.Errorf("%d bytes came, not as they were sent", len(got))
+		}
+	}
+	if spliced.Load() == 0 {
+		t.Error("none was spliced")
+	}
+	_, _ = near.CloseWrite(), far.CloseWrite()
+	for len(result) == 0 {
+		turn()
+	}
+	if res := <-result; res.Reset || res.AtoB != int64(len(sent)+len("and more")) {
+		t.Errorf("result %+v", res)
 	}
 }

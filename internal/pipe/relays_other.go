@@ -8,14 +8,15 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
 // Relays joins connections by a goroutine for each where there is no epoll(7).
 type Relays struct{ wg sync.WaitGroup }
 
-// NewRelays returns one.
-func NewRelays() (*Relays, error) { return &Relays{}, nil }
+// NewRelays returns one, whatever it is told.
+func NewRelays(int, *atomic.Int64) (*Relays, error) { return &Relays{}, nil }
 
 // Close waits for all that is joined.
 func (r *Relays) Close() { r.wg.Wait() }

@@ -1,6 +1,6 @@
 // Package procs has a process run on no more processors than its load needs.
 //
-//	go procs.Follow(ctx, 1)
+//	go procs.Follow(ctx, func() int { return 1 })
 //
 // Go's scheduler wakes a thread for whatever becomes ready while a processor is idle,
 // and that thread looks for work before it sleeps again. A process that hands on
@@ -37,17 +37,18 @@ const (
 	calm = 30
 )
 
-// Follow sets GOMAXPROCS to what the load needs, least at the least, until ctx ends;
-// then it is what it was. A GOMAXPROCS in the environment is the operator's choice,
-// and stays. It is for one goroutine of a process.
-func Follow(ctx context.Context, least int) {
+// Follow sets GOMAXPROCS to what the load needs until ctx ends; then it is what it was.
+// Ten times a second least tells how many there must be at the least. A GOMAXPROCS in
+// the environment is the operator's choice, and stays. Follow is for one goroutine of a
+// process.
+func Follow(ctx context.Context, least func() int) {
 	most := runtime.GOMAXPROCS(0)
-	if os.Getenv("GOMAXPROCS") != "" || most <= least {
+	if os.Getenv("GOMAXPROCS") != "" || most == 1 {
 		return
 	}
 	defer runtime.SetDefaultGOMAXPROCS()
-	p, m := policy{n: least, least: least}, newMeter()
-	runtime.GOMAXPROCS(least)
+	p, m := policy{n: min(least(), most)}, newMeter()
+	runtime.GOMAXPROCS(p.n)
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	for {
@@ -57,7 +58,7 @@ func Follow(ctx context.Context, least int) {
 			return
 		}
 		before := p.n
-		if n := p.next(m.look(), most); n != before {
+		if n := p.next(m.look(), least(), most); n != before {
 			runtime.GOMAXPROCS(n)
 		}
 	}
@@ -65,22 +66,24 @@ func Follow(ctx context.Context, least int) {
 
 // A policy decides how many processors there are to be.
 type policy struct {
-	n, least int
-	high     int // looks in a row at which they were not enough
-	low      int // and at which half of them would have done
+	n    int
+	high int // looks in a row at which they were not enough
+	low  int // and at which half of them would have done
 }
 
-// next returns how many there are to be after a look, most at the most.
-func (p *policy) next(l load, most int) int {
+// next returns how many there are to be after a look: least at the least, and never
+// more than most.
+func (p *policy) next(l load, least, most int) int {
 	n := float64(p.n)
 	p.high = count(p.high, l.use > full*n || l.use > half*n && l.late > many)
 	p.low = count(p.low, l.use < low*n/2)
 	switch {
 	case p.high >= busy:
-		p.n, p.high, p.low = min(2*p.n, most), 0, 0
+		p.n, p.high, p.low = 2*p.n, 0, 0
 	case p.low >= calm:
-		p.n, p.low = max(p.n/2, p.least), 0
+		p.n, p.low = p.n/2, 0
 	}
+	p.n = min(max(p.n, least, 1), most)
 	return p.n
 }
 

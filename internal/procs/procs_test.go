@@ -9,7 +9,7 @@ import (
 )
 
 func TestPolicy(t *testing.T) {
-	p := policy{n: 1, least: 1}
+	p := policy{n: 1}
 	for i, c := range []struct {
 		load
 		looks int
@@ -36,17 +36,26 @@ func TestPolicy(t *testing.T) {
 		{load{use: 0.5, late: 0.11}, busy, 2},
 	} {
 		for range c.looks {
-			p.next(c.load, 5)
+			p.next(c.load, 1, 5)
 		}
 		if p.n != c.want {
 			t.Fatalf("%d: %d processors after %d looks at %+v, want %d", i, p.n, c.looks, c.load, c.want)
 		}
 	}
-	p = policy{n: 3, least: 3}
+	p = policy{n: 1}
 	for range 2 * calm {
-		if n := p.next(load{}, 8); n != 3 {
+		if n := p.next(load{}, 3, 8); n != 3 {
 			t.Fatalf("%d processors, want three at the least", n)
 		}
+	}
+	for range calm { // and no longer than that
+		p.next(load{}, 1, 8)
+	}
+	if p.n != 1 {
+		t.Fatalf("%d processors, want one again", p.n)
+	}
+	if n := p.next(load{}, 3, 2); n != 2 {
+		t.Fatalf("%d processors of two", n)
 	}
 }
 
@@ -61,7 +70,9 @@ func TestFollow(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	done := make(chan struct{})
-	go func() { defer close(done); Follow(ctx, 1) }()
+	var least atomic.Int64
+	least.Store(1)
+	go func() { defer close(done); Follow(ctx, func() int { return int(least.Load()) }) }()
 	await(t, 1)
 	var idle atomic.Bool
 	for range 2 * all {
@@ -74,6 +85,8 @@ func TestFollow(t *testing.T) {
 	await(t, min(2, all))
 	idle.Store(true)
 	await(t, 1)
+	least.Store(2) // without a load
+	await(t, 2)
 	stop()
 	<-done
 	if n := runtime.GOMAXPROCS(0); n != all {
@@ -100,7 +113,7 @@ func await(t *testing.T, want int) {
 func TestEnvironment(t *testing.T) {
 	t.Setenv("GOMAXPROCS", "7")
 	before := runtime.GOMAXPROCS(0)
-	Follow(t.Context(), 1) // returns
+	Follow(t.Context(), func() int { return 1 }) // returns
 	if n := runtime.GOMAXPROCS(0); n != before {
 		t.Errorf("%d processors, want %d", n, before)
 	}
