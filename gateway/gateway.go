@@ -118,7 +118,7 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 	}
 	ln, err := pipe.Listen(context.Background(), cfg.Listen.Address, sockopt.StreamListener)
 	if err != nil {
-		return nil, fmt.Errorf("listen for connections: %w", err)
+		return nil, &config.ListenError{Err: err}
 	}
 	g.own = newOwn(ln.Addr())
 	g.backends = newBackends(g.newPool)
@@ -157,7 +157,7 @@ func New(cfg *config.Gateway, o Options) (*Gateway, error) {
 	})
 	if err != nil {
 		_ = ln.Close()
-		return nil, err
+		return nil, &config.ListenError{Err: err}
 	}
 	return g, nil
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -352,4 +353,30 @@ type tee struct {
 func (t tee) Write(b []byte) (int, error) {
 	t.to.Write(b)
 	return t.Conn.Write(b)
+}
+
+// An address that another process has is told with what to do about it, and so is a
+// port that is for root.
+func TestAddressesThatCannotBeBound(t *testing.T) {
+	taken, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = taken.Close() }()
+	free := config.Listen{Address: "127.0.0.1:0"}
+	for name, cfg := range map[string]config.Gateway{
+		"listen": {Listen: config.Listen{Address: taken.Addr().String()}, Admin: config.Admin{Address: free.Address}},
+		"admin":  {Listen: free, Admin: config.Admin{Address: taken.Addr().String()}},
+	} {
+		cfg.Domain = "consul"
+		_, err := New(&cfg, Options{})
+		var told *config.ListenError
+		if !errors.As(err, &told) || !errors.Is(err, syscall.EADDRINUSE) || !strings.Contains(told.Hint(), "ss -lntp") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	refused := &config.ListenError{Err: os.NewSyscallError("bind", syscall.EACCES)}
+	if hint := refused.Hint(); !strings.Contains(hint, "CAP_NET_BIND_SERVICE") {
+		t.Errorf("the hint for a port of root's is %q", hint)
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -174,6 +175,9 @@ type viaError struct {
 func (e viaError) Error() string {
 	if e.path.Kind == locator.KindDirect {
 		return fmt.Sprintf("at %s: %v", e.path.Address, e.err)
+	}
+	if errors.Is(e.err, syscall.ECONNRESET) { // what a gateway does that cannot go on, and has no other word
+		return fmt.Sprintf("through gateway %s, whose own status tells if it has a path on: %v", e.path.Gateway, e.err)
 	}
 	return fmt.Sprintf("through gateway %s: %v", e.path.Gateway, e.err)
 }

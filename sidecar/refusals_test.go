@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"culvert/catalog"
+	"culvert/certs"
 	"culvert/config"
 	"culvert/internal/alert"
 	"culvert/internal/pipe"
@@ -161,5 +162,20 @@ func TestAGatewayWithoutARouteIsPassedOver(t *testing.T) {
 	}
 	if avoided := c.avoided(t); len(avoided) != 1 || !strings.HasPrefix(avoided[0], addrs[0].String()) {
 		t.Errorf("%q are avoided, want the one without a route", avoided)
+	}
+}
+
+// A gateway that cannot go on resets, and who reads of that is told where to look.
+func TestAResetPointsToTheGateway(t *testing.T) {
+	c, gateways, _ := behindGateways(t)
+	for _, gw := range gateways {
+		gw.use(leadTo("127.0.0.1:1")) // nobody is there
+	}
+	if _, err := c.call(t, "\x04question"); err == nil {
+		t.Error("answered, by nobody")
+	}
+	last := c.alice.outbound.Peer(keyOf(certs.Identity{Datacenter: "dc2", Node: "bob"})).LastError
+	if !strings.Contains(last, "whose own status tells") || !strings.Contains(last, ":8443") {
+		t.Errorf("the last error is %q", last)
 	}
 }

@@ -173,7 +173,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 	lc := net.ListenConfig{Control: sockopt.StreamControl, KeepAlive: -1}
 	ln, err := lc.Listen(context.Background(), "tcp", cfg.Listen.Address)
 	if err != nil {
-		return nil, listenError{err}
+		return nil, &config.ListenError{Err: err}
 	}
 	s.mux, err = mux.New(ln, mux.Options{
 		TLS: terminator, Plain: plain, DrainTimeout: drainTimeout, Drain: s.drain,
@@ -191,7 +191,7 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 		Handlers: s.handlers(o.Log), Pprof: o.Pprof, Log: o.Log,
 	})
 	if err != nil {
-		return nil, listenError{err}
+		return nil, &config.ListenError{Err: err}
 	}
 
 	// The local server's side, last: from here on it is taken from it.
@@ -204,15 +204,6 @@ func New(cfg *config.Sidecar, o Options) (_ *Sidecar, err error) {
 		return nil, err
 	}
 	return s, nil
-}
-
-// A listenError is an address of the sidecar's own that could not be bound.
-type listenError struct{ err error }
-
-func (e listenError) Error() string { return e.err.Error() }
-func (e listenError) Unwrap() error { return e.err }
-func (e listenError) Hint() string {
-	return "listen.address (--listen) and admin.address (--admin) must be free addresses of this host; `ss -lntp` tells who has one"
 }
 
 // close gives up what New has bound so far.

@@ -6,13 +6,12 @@
 //	net := lab.TwoSites(t, lab.Options{HostsA: 2, HostsB: 2})
 //	net.Sites[0].Hosts[0].Start("serf", ...)
 //
-// Everything is removed when the test ends, also when it fails; what a killed
-// run has left behind is swept at the next start. It needs root, ip(8) and
-// nft(8).
+// Everything is removed when the test ends, also when it fails or is interrupted;
+// what a killed run has left behind is swept at the next start. It needs root, ip(8)
+// and nft(8).
 package lab
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -23,7 +22,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -127,6 +125,7 @@ func TwoSites(t testing.TB, o Options) *Network {
 	id := fmt.Sprintf("%s-%d-%d", prefix, os.Getpid(), sequence.Add(1))
 	n := &Network{t: t, IPv6: o.IPv6, daemons: new(daemons)}
 	dir := t.TempDir()
+	removeOnInterrupt(t, dir)
 	for i, hosts := range []int{o.HostsA, o.HostsB} {
 		site := &Site{Name: fmt.Sprintf("dc%d", i+1), WAN: n.wan(i)}
 		site.Gateway = n.host(id, dir, site.Name+"gw", n.lan(i, 1))
@@ -178,14 +177,8 @@ func (n *Network) host(id, dir, name string, addr netip.Addr) *Host {
 // reap ends what is left on the host: servers start processes of their own, some
 // of which are meant to outlive them.
 func (h *Host) reap() {
-	out, err := exec.Command("ip", "netns", "pids", h.NS).Output()
-	if err != nil {
-		h.t.Errorf("list what runs on %s: %v", h.Name, err)
-	}
-	for field := range strings.FieldsSeq(string(out)) {
-		if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
-			_ = unix.Kill(pid, unix.SIGKILL) // an error means that it has gone
-		}
+	if err := killAll(h.NS); err != nil {
+		h.t.Error(err)
 	}
 }
 
@@ -348,25 +341,6 @@ func ip(t testing.TB, ns string, commands ...string) {
 	cmd.Stdin = strings.NewReader(strings.Join(commands, "\n") + "\n")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("ip %s: %v\n%s\n%s", ns, err, strings.Join(commands, "\n"), out)
-	}
-}
-
-// sweep removes the namespaces of test processes that are gone.
-func sweep() {
-	out, err := exec.Command("ip", "netns", "list").Output()
-	if err != nil {
-		return
-	}
-	for line := range bytes.Lines(out) {
-		name, _, _ := strings.Cut(strings.TrimSpace(string(line)), " ")
-		parts := strings.Split(name, "-")
-		if len(parts) < 3 || parts[0] != prefix {
-			continue
-		}
-		pid, err := strconv.Atoi(parts[1])
-		if err == nil && unix.Kill(pid, 0) != nil {
-			_ = exec.Command("ip", "netns", "del", name).Run()
-		}
 	}
 }
 
