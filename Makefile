@@ -20,6 +20,7 @@ MANY        := Peers/(500|1000)
 ROUNDS      ?= 5
 WATCH       ?= 5m
 RUNS        ?= 3
+JOINS       ?= 9
 GO          ?= go
 # The race detector needs a C compiler. Where there is none tests run without
 # it, and say so; `make check` insists.
@@ -158,8 +159,8 @@ bench-link: build e2e-tools ## Streams and packets across an emulated WAN link, 
 	@CULVERT_E2E=require $(GO) test -run '^$$' -bench . -benchtime $(ROUNDS)x -timeout 30m ./test/link
 
 .PHONY: bench-serf
-bench-serf: build serf e2e-tools ## Twenty serf agents across a lossy link, beside plain routing (WATCH=5m RUNS=3, root; half an hour)
-	@CULVERT_E2E=require CULVERT_SERF=$(WATCH) CULVERT_SERF_RUNS=$(RUNS) $(GO) test -run '^$$' -bench Serf -benchtime 1x -timeout 120m ./test/link
+bench-serf: build serf e2e-tools ## Twenty serf agents across a lossy link, beside plain routing (WATCH=5m RUNS=3 JOINS=9, root; 35 minutes)
+	@CULVERT_E2E=require CULVERT_SERF=$(WATCH) CULVERT_SERF_RUNS=$(RUNS) CULVERT_SERF_JOINS=$(JOINS) $(GO) test -run '^$$' -bench Serf -benchtime 1x -timeout 120m ./test/link
 
 # What Culvert is compared with comes from Debian, as the gateways of `interop` do.
 .PHONY: peers

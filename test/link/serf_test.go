@@ -16,10 +16,12 @@ import (
 )
 
 // serfFor, set to a duration, makes BenchmarkSerf watch for so long, and serfRuns
-// how often (3).
+// how often (3). Before it they join, and serfJoins times more (9): gossip has its turn
+// every fifth of a second, so that the time of one join says little.
 const (
-	serfFor  = "CULVERT_SERF"
-	serfRuns = "CULVERT_SERF_RUNS"
+	serfFor   = "CULVERT_SERF"
+	serfRuns  = "CULVERT_SERF_RUNS"
+	serfJoins = "CULVERT_SERF_JOINS"
 )
 
 const (
@@ -39,16 +41,15 @@ func BenchmarkSerf(b *testing.B) {
 		b.Skipf("runs for minutes, where %s says for how long: make bench-serf", serfFor)
 	}
 	require(b)
-	runs := 3
-	if s := os.Getenv(serfRuns); s != "" {
-		if runs, err = strconv.Atoi(s); err != nil {
-			b.Fatalf("%s: %v", serfRuns, err)
-		}
-	}
+	runs, joins := number(b, serfRuns, 3), number(b, serfJoins, 9)
 	for _, congestion := range congestions {
 		var ours, plain []gossip
-		for run := range runs {
+		for run := range runs + joins {
 			b.Run(fmt.Sprintf("%s/%d", congestion, run+1), func(b *testing.B) {
+				watch := watch
+				if run >= runs {
+					watch = 0
+				}
 				o, p := sideBySide(b, congestion, watch)
 				ours, plain = append(ours, o), append(plain, p)
 				b.ReportMetric(0, "ns/op")
@@ -65,16 +66,40 @@ func BenchmarkSerf(b *testing.B) {
 	}
 }
 
+// number is a variable of the environment's.
+func number(b *testing.B, name string, otherwise int) int {
+	b.Helper()
+	s := os.Getenv(name)
+	if s == "" {
+		return otherwise
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil {
+		b.Fatalf("%s: %v", name, err)
+	}
+	return n
+}
+
 // A gossip is what came of one federation of agents.
 type gossip struct {
 	converged            time.Duration // from the first join until all see all
-	suspicions, failures int           // afterwards
+	watched              bool          // afterwards
+	suspicions, failures int
 }
 
 func serfRows(congestion string, watch time.Duration, ours, plain []gossip) {
-	title := fmt.Sprintf("%d serf agents in two datacenters, %v round trip, %.0f %% loss each way, side by side; %d runs, watched for %v each",
-		2*agentsEach, serfTrip, 100*serfLoss, len(ours), watch)
+	watched := 0
+	for _, g := range ours {
+		if g.watched {
+			watched++
+		}
+	}
+	title := fmt.Sprintf("%d serf agents in two datacenters, %v round trip, %.0f %% loss each way, side by side; joined %d times, watched %d times for %v",
+		2*agentsEach, serfTrip, 100*serfLoss, len(ours), watched, watch)
 	column := func(all []gossip, f func(gossip) float64, format string) (cell string, sum, mid float64) {
+		if len(all) == 0 {
+			return "not watched", 0, 0
+		}
 		var v []float64
 		for _, g := range all {
 			v = append(v, f(g))
@@ -88,6 +113,7 @@ func serfRows(congestion string, watch time.Duration, ours, plain []gossip) {
 	failures := func(g gossip) float64 { return float64(g.failures) }
 	oursTime, _, oursMid := column(ours, seconds, "%.2f")
 	plainTime, _, plainMid := column(plain, seconds, "%.2f")
+	ours, plain = ours[:watched], plain[:watched] // those come first
 	oursSuspicions, oursSum, _ := column(ours, suspicions, "%.0f")
 	plainSuspicions, plainSum, _ := column(plain, suspicions, "%.0f")
 	oursFailures, _, _ := column(ours, failures, "%.0f")
@@ -138,6 +164,7 @@ func sideBySide(b *testing.B, congestion string, watch time.Duration) (ours, pla
 	lab.Wait(watch)
 	for i, a := range both {
 		after := a.told()
+		out[i].watched = watch > 0
 		out[i].suspicions, out[i].failures = after.suspicions-before[i].suspicions, after.failures-before[i].failures
 		a.check()
 	}
