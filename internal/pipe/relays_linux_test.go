@@ -320,6 +320,17 @@ func TestRelaysUseNumbersAgain(t *testing.T) {
 
 // What ends after its loop leaves the file alone that has the loop's number by then.
 func TestForgetAfterClose(t *testing.T) {
+	for range 10 {
+		if forgetAfterClose(t) {
+			return
+		}
+	}
+	t.Fatal("each time something else had the number")
+}
+
+// forgetAfterClose reports false where something else has the number.
+func forgetAfterClose(t *testing.T) bool {
+	t.Helper()
 	r, err := NewRelays(2, new(atomic.Int64))
 	if err != nil {
 		t.Fatal(err)
@@ -341,7 +352,10 @@ func TestForgetAfterClose(t *testing.T) {
 	}
 	if other != l.fd { // else it has the number anyway
 		if _, err := unix.FcntlInt(uintptr(l.fd), unix.F_GETFD, 0); err == nil {
-			t.Skip("something else has the number")
+			for _, fd := range []int{other, p[0], p[1]} {
+				_ = unix.Close(fd)
+			}
+			return false
 		}
 		if err := unix.Dup3(other, l.fd, unix.O_CLOEXEC); err != nil {
 			t.Fatal(err)
@@ -361,6 +375,7 @@ func TestForgetAfterClose(t *testing.T) {
 	for _, fd := range []int{other, p[0], p[1]} {
 		_ = unix.Close(fd)
 	}
+	return true
 }
 
 // While there is no room for what has come a loop is not told of more, and it is told

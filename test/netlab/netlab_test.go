@@ -390,9 +390,7 @@ func rateOf(got []arrival) float64 {
 
 // Carry is one TCP connection's bulk over a link of 100 ms round trip.
 func BenchmarkCarry(b *testing.B) {
-	if lack := lab.Missing(); lack != "" {
-		b.Skip(lack)
-	}
+	lab.Require(b)
 	for _, rate := range []float64{100e6, 400e6, 1000e6} {
 		b.Run(fmt.Sprintf("%.0fMbit", rate/1e6), func(b *testing.B) {
 			n, link := TwoSites(b, lab.Options{}, Way{Delay: 50 * time.Millisecond, Rate: rate})
