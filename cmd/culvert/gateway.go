@@ -54,13 +54,7 @@ type frugal struct {
 
 // Run runs the gateway.
 func (f *frugal) Run(ctx context.Context) error {
-	following, stop := context.WithCancel(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		procs.Follow(following, f.processors)
-	}()
-	defer func() { stop(); <-done }()
+	defer beside(ctx, func(ctx context.Context) { procs.Follow(ctx, f.processors) })()
 	return f.Gateway.Run(ctx)
 }
 

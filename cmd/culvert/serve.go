@@ -73,6 +73,21 @@ func onHangup(log *zap.Logger, reload func() error) (stop func()) {
 	}
 }
 
+// beside runs f until ctx ends or the function that it returns is called, which waits
+// for f.
+func beside(ctx context.Context, f func(ctx context.Context)) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f(ctx)
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
+}
+
 func newRegistry() *prometheus.Registry {
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(

@@ -2,13 +2,12 @@ package main
 
 import (
 	"context"
-	"os"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 
 	"culvert/config"
+	"culvert/internal/heap"
 	"culvert/sidecar"
 )
 
@@ -32,16 +31,13 @@ ends the process at once.`,
 	return cmd
 }
 
-// gcPercent is how much a sidecar's heap may grow before garbage is collected,
-// unless GOGC says otherwise. Once it is connected it allocates next to nothing,
-// and what the handshakes of a thousand peers leave need not stay until the heap
-// has doubled.
+// gcPercent is how much a sidecar's heap may grow before garbage is collected, as long
+// as that is seldom. Once it is connected it allocates next to nothing, and what the
+// handshakes of a thousand peers leave need not stay until the heap has doubled.
 const gcPercent = 50
 
 func runSidecar(ctx context.Context, f serveFlags) error {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
+	defer beside(ctx, func(ctx context.Context) { heap.Pace(ctx, gcPercent) })()
 	logging := func(cfg *config.Sidecar) config.Log { return cfg.Log }
 	return serve(ctx, f, config.LoadSidecar, logging, func(cfg *config.Sidecar, log *zap.Logger) (process[config.Sidecar], error) {
 		return sidecar.New(cfg, sidecar.Options{Log: log, Registry: newRegistry(), Version: version, Pprof: f.pprof})
