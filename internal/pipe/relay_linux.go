@@ -48,7 +48,7 @@ func (e *end) events() uint32 {
 		events = wanted
 	}
 	if e.deaf {
-		events &= deaf
+		events &^= unix.EPOLLIN
 	}
 	return events
 }

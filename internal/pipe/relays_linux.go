@@ -22,8 +22,6 @@ const (
 	// there was none (wanted): most connections are never that full.
 	watched = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET
 	wanted  = watched | unix.EPOLLOUT
-	// deaf takes from either what tells of bytes that could not be handed on.
-	deaf = ^uint32(unix.EPOLLIN)
 	// lingering is how long a loop that moves much waits for more without telling the
 	// scheduler, which would wake two threads to wait in its place and one to go on.
 	// It keeps a processor that long, and once in parkEvery whatever else is there has
