@@ -10,7 +10,6 @@ package heap
 
 import (
 	"context"
-	"math"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -21,14 +20,15 @@ import (
 const (
 	// often is how soon after the one before a collection shows that much is made.
 	often = 200 * time.Millisecond
-	// spare is what the heap may grow by then, in bytes, and most the largest share, in
-	// per cent.
+	// spare is what the heap may grow by then, in bytes.
 	spare = 4 << 20
-	most  = 1000
-	// little is how much is made in a time in which the heap is to be small again, in
-	// bytes.
+	// smallest is the heap below which Go does not collect at a GOGC of 100, in bytes.
+	smallest = 4 << 20
+	// After quiet looks in a row between which little was made, in bytes, the heap is to
+	// be small again.
+	look   = 200 * time.Millisecond
+	quiet  = 3
 	little = 1 << 20
-	look   = 250 * time.Millisecond
 )
 
 // Pace sets GOGC to least until ctx ends, or to as much more as lets the heap grow by 4
@@ -51,21 +51,19 @@ func Pace(ctx context.Context, least int) {
 		case <-ctx.Done():
 			return
 		case <-collected:
-			p.collected(time.Now(), read("/gc/heap/live:bytes"))
-			if p.percent > before {
+			p.collected(time.Now(), use())
+			if before == least && p.percent > least {
 				tick.Reset(look)
 			}
-		case <-tick.C:
-			if !p.calm(read("/gc/heap/allocs:bytes")) {
-				continue
+			if p.percent != before {
+				debug.SetGCPercent(p.percent)
 			}
-			tick.Stop()
-			debug.SetGCPercent(least)
-			debug.FreeOSMemory() // by a collection, for which there may be no other reason for long
-			continue
-		}
-		if p.percent != before {
-			debug.SetGCPercent(p.percent)
+		case <-tick.C:
+			if p.calm(read("/gc/heap/allocs:bytes")) {
+				tick.Stop()
+				debug.SetGCPercent(least)
+				debug.FreeOSMemory() // by a collection, for which there may be no other reason for long
+			}
 		}
 	}
 }
@@ -88,15 +86,30 @@ func watch(ctx context.Context, collected chan<- struct{}) {
 // its own.
 type sentinel struct{ _ *sentinel }
 
-// read returns one of the runtime's counts, and the largest number where it is none
-// of this Go's.
+// read returns one of the runtime's counts, and 0 where it is none of this Go's.
 func read(name string) uint64 {
 	s := []metrics.Sample{{Name: name}}
 	metrics.Read(s)
 	if s[0].Value.Kind() != metrics.KindUint64 {
-		return math.MaxUint64
+		return 0
 	}
 	return s[0].Value.Uint64()
+}
+
+// A usage is what the last collection found, in bytes.
+type usage struct {
+	live    uint64 // of the heap
+	scanned uint64 // what GOGC is a share of: that, and stacks and globals
+}
+
+func use() usage {
+	live := read("/gc/heap/live:bytes")
+	return usage{live: live, scanned: live + read("/gc/scan/stack:bytes") + read("/gc/scan/globals:bytes")}
+}
+
+// share is how much the heap may grow by to have spare to grow, in per cent.
+func (u usage) share() int {
+	return int(min(100*spare/max(u.scanned, 1), 100*(u.live+spare)/smallest)) //nolint:gosec // at most 100*spare
 }
 
 // A pacer decides what share the heap may grow by.
@@ -104,26 +117,35 @@ type pacer struct {
 	least, percent int
 	last           time.Time // when it was collected
 	made           uint64    // bytes, when it was told last
+	quiet          int       // how often in a row it was little
 }
 
-// collected notes a collection that left live bytes. If it came soon after the one
-// before there is to be more room; less is to be as soon as more is alive.
-func (p *pacer) collected(now time.Time, live uint64) {
+// collected notes a collection. If it came soon after the one before there is to be more
+// room; less is to be as soon as more is alive.
+func (p *pacer) collected(now time.Time, u usage) {
 	soon := now.Sub(p.last) < often
 	p.last = now
-	share := max(p.least, int(min(100*spare/max(live, 1), most)))
-	if soon && share > p.percent*5/4 || share < p.percent*3/4 {
+	share := max(u.share(), p.least)
+	switch {
+	case soon && share > p.percent*5/4, share < p.percent*3/4:
+		p.percent = share
+	case share == p.least && p.percent > share:
 		p.percent = share
 	}
 }
 
-// calm is told how many bytes were made since the start, and reports whether that is
-// little since it was told before. Then there is to be no more room.
+// calm is told how many bytes were made since the start, and reports whether that was
+// little for long enough. Then there is to be no more room.
 func (p *pacer) calm(made uint64) bool {
-	little := made-p.made < little
-	p.made = made
-	if little {
-		p.percent = p.least
+	if made-p.made < little {
+		p.quiet++
+	} else {
+		p.quiet = 0
 	}
-	return little
+	p.made = made
+	if p.quiet < quiet {
+		return false
+	}
+	p.percent, p.quiet, p.last = p.least, 0, time.Time{} // what is collected now tells nothing
+	return true
 }
