@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -41,6 +42,8 @@ func removeOnInterrupt(t testing.TB, dir string) {
 			_ = os.RemoveAll(filepath.Dir(dir)) // the test's own
 			signal.Reset()
 			_ = unix.Kill(os.Getpid(), sig) // as it would have ended
+			Wait(time.Second)
+			_ = unix.Kill(os.Getpid(), unix.SIGKILL) // a script in the background starts it to ignore an interrupt
 		}
 	})
 	t.Cleanup(func() {
