@@ -62,7 +62,7 @@ func Pace(ctx context.Context, least int) {
 			if p.calm(read("/gc/heap/allocs:bytes")) {
 				tick.Stop()
 				debug.SetGCPercent(least)
-				debug.FreeOSMemory() // by a collection, for which there may be no other reason for long
+				runtime.GC() // there may be no other reason for one for long
 			}
 		}
 	}
