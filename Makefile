@@ -51,7 +51,7 @@ demo: build serf $(if $(FEDERATION),e2e-tools) ## Two datacenters on loopback (F
 test: e2e-tools serf race-note root-note ## Every test, end-to-end tests included (root and iproute2; CULVERT_E2E=require fails where they are missing)
 	@$(GO) test $(RACE) -shuffle=on -timeout 10m $(RUNFLAGS) ./federation/store $$($(GO) list ./... | grep -vE '^culvert/test(/interop)?$$')
 	@$(if $(RACE),$(GO) test -count=1 -run AllocatesNothing ./alpn ./sidecar)
-	@$(GO) test -run TestMemberMoves ./federation/store # which skips under the race detector, and says why
+	@$(GO) test -run TestMemberMoves ./federation/store # which is left out under the race detector, and says why
 	@mkdir -p $(CACHE) && rm -f $(SUMMARY)
 	@CULVERT_E2E_SUMMARY=$(SUMMARY) $(GO) test $(RACE) -shuffle=on -timeout 20m -count=1 -parallel 5 $(RUNFLAGS) ./test; status=$$?; cat $(SUMMARY); exit $$status
 

@@ -126,10 +126,7 @@ func (p *pacer) collected(now time.Time, u usage) {
 	soon := now.Sub(p.last) < often
 	p.last = now
 	share := max(u.share(), p.least)
-	switch {
-	case soon && share > p.percent*5/4, share < p.percent*3/4:
-		p.percent = share
-	case share == p.least && p.percent > share:
+	if soon && share > p.percent*5/4 || share < p.percent*3/4 || share == p.least {
 		p.percent = share
 	}
 }

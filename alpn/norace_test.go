@@ -1,5 +1,0 @@
-//go:build !race
-
-package alpn
-
-const raced = false
